@@ -1,0 +1,429 @@
+"""Fira: full-rank training of language models under a low-rank constraint.
+
+One optimizer, in one file that needs nothing but torch. Paper: Chen et al., "Fira: Can We Achieve
+Full-rank Training of LLMs Under Low-rank Constraint?", https://arxiv.org/abs/2410.01623.
+
+GaLore (https://arxiv.org/abs/2403.03507) keeps Adam's moments of R = PᵀG, the gradient seen from an
+r-dimensional subspace, and throws the rest of the gradient away. Fira uses the rest too: Adam would
+scale it much as it scales the part it did see, so each column of the rest is multiplied by
+φ = ‖N‖/‖R‖, the factor by which Adam scaled that column inside the subspace:
+
+    W  ←  W − η c_t ( P N  +  S ),        S = φ ∘ (G − P R),       N = M / (√V + ε)
+
+with a limiter that lets ‖S‖ grow by at most a factor γ a step. The state of an m×n matrix is
+P (m×r), M and V (r×n) and the number ‖S‖: nothing of size m·n.
+
+    from fira import Fira, param_groups
+    optimizer = Fira(param_groups(model, rank=128), lr=1e-2)
+
+Names follow the paper: W weight, G gradient, P projection, R = PᵀG, M and V Adam's moments of R,
+N the normalized R, c_t = √(1−β₂ᵗ)/(1−β₁ᵗ), φ scaling factors, S the scaled rest of the gradient.
+Matrices are oriented so that P acts on the left: a (m×n), m ≤ n, weight as it is, a tall or square
+one transposed. A "column" is a slice along the side that is not projected.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+__all__ = ["Fira", "fira_update", "param_groups", "state_bytes"]
+
+CHOICES = {
+    "proj_type": ("std", "reverse_std", "left", "right"),
+    "proj_method": ("svd", "random"),
+    "scaling": ("column", "matrix", "unit", None),
+    "alpha_mode": ("paper", "unscaled", "released"),
+}
+FUSED_DEVICES = ("cpu", "cuda", "mps")  # where torch has a fused AdamW
+
+
+def fira_update(
+    W: Tensor,  # (m, n) weight, changed in place
+    G: Tensor,  # (m, n) its gradient
+    P: Tensor | None,  # (m, r) orthonormal columns; None stands for the identity
+    M: Tensor,  # (r, n) first moment of R, changed in place
+    V: Tensor,  # (r, n) second moment of R, changed in place
+    prev_norm: Tensor,  # () ‖S‖ of the step before, 0 if there was none; changed in place
+    *,
+    step: int,  # t, 1 at the first step
+    lr: float,  # η, negative to maximize
+    betas: tuple[float, float],
+    eps: float,
+    scaling: str | None,  # φ: "column", "matrix", "unit" (φ = 1), None (φ = 0)
+    gamma: float | None,  # the limiter's γ
+    coefficients: tuple[float, float, float],  # (a_S, a_N, a_R), see `alpha_coefficients`
+) -> None:
+    """One step of Fira on one matrix (paper, Algorithm 1), without weight decay.
+
+    φ is constant along the projected side, so φ∘(P R) = P (φ∘R), and with s the limiter's factor
+    every member of the family is the one line
+
+        W ← W − η c_t [ a_S s φ∘G  +  P (a_N N − a_R s φ∘R) ]
+
+    which needs one multiplication by P, and no temporary of W's size.
+    """
+    beta1, beta2 = betas
+    a_S, a_N, a_R = coefficients
+    step_size = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)  # η c_t
+
+    # 1. Project the gradient.
+    R = (G if P is None else P.T @ G).to(M.dtype)  # (r, n)
+    # 2. Adam in the subspace.
+    M.lerp_(R, 1 - beta1)
+    V.mul_(beta2).addcmul_(R, R, value=1 - beta2)
+    N = M / V.sqrt().add_(eps)  # (r, n)
+    if a_S:
+        # 3. Norm-based scaling (Section 4.2): how much did Adam scale each column?
+        R_sq = column_norms_squared(R)  # (n,)
+        if scaling == "column":
+            phi = column_norms_squared(N).sqrt() / (R_sq.sqrt() + 1e-8)  # (n,)
+        elif scaling == "matrix":
+            phi = (N.norm() / (R.norm() + 1e-8)).expand_as(R_sq)
+        else:
+            phi = torch.ones_like(R_sq)
+        # 4. Norm-growth limiter (Section 4.3). S = φ∘(G − k P R) is never formed: P is orthonormal, so
+        #    ‖G_i − k P R_i‖² = ‖G_i‖² − (2k − k²) ‖R_i‖².
+        if gamma is not None:
+            k = a_R / a_S
+            rest_sq = (column_norms_squared(G) - (2 * k - k * k) * R_sq).clamp_(min=0)
+            norm = (phi.square() * rest_sq).sum().sqrt()
+            s = gamma / (norm / (prev_norm + 1e-8)).clamp_(min=gamma)
+            s = torch.where(prev_norm > 0, s, 1.0)  # no norm yet: no limit yet
+            prev_norm.copy_(torch.where(norm > 0, s * norm, prev_norm))  # a zero would cap S at 1e-8 for long
+            phi = s * phi
+        # 5. The update: a_S s φ∘G ...
+        W.addcmul_(G, (phi * (-step_size * a_S)).to(W.dtype))
+    # ... and P (a_N N − a_R s φ∘R).
+    N.mul_(-step_size * a_N)
+    if a_R:
+        N.addcmul_(R, phi * (step_size * a_R))
+    if P is None:
+        W.add_(N)
+    elif a_N:
+        W.addmm_(P, N.to(W.dtype))
+
+
+def alpha_coefficients(alpha: float, alpha_mode: str, scaling: str | None, only_scaling: bool, projected: bool):
+    """(a_S, a_N, a_R) of `fira_update`: the factors of φ∘G, of P N and of P (φ∘R)."""
+    if only_scaling:
+        return alpha, 0.0, 0.0
+    if scaling is None or not projected:  # GaLore; or nothing lies outside the subspace, S = 0
+        return 0.0, alpha, 0.0
+    return {"paper": (alpha, alpha, alpha), "unscaled": (1.0, alpha, 1.0), "released": (1.0, alpha, alpha)}[alpha_mode]
+
+
+def column_norms_squared(X: Tensor) -> Tensor:
+    """‖X_i‖² of each column of X (m, n), shape (n,), in at least float32 and without a copy of X."""
+    dtype = torch.promote_types(X.dtype, torch.float32)
+    if X.is_cuda:
+        return torch.linalg.vector_norm(X, dim=0, dtype=dtype).square()
+    return sum(rows.to(dtype).square().sum(0) for rows in X.split(64))  # 2-5 times faster on a CPU
+
+
+def adamw_update(W: list[Tensor], G: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[Tensor], **options):
+    """torch's own AdamW, fused where torch has it; moments of 16-bit weights are kept in float32.
+
+    The kernel wants one dtype for all, so a 16-bit weight is converted in blocks of rows, which keeps
+    the temporaries small.
+    """
+    options |= {"amsgrad": False, "fused": W[0].device.type in FUSED_DEVICES}
+    if W[0].dtype == M[0].dtype:
+        return adamw(W, G, M, V, [], steps, **options)
+    for w, g, m, v, step in zip(W, G, M, V, steps):
+        w, g, m, v = map(torch.atleast_1d, (w, g, m, v))
+        rows = max(1, 2**18 * len(w) // w.numel())
+        for w_, g_, m_, v_ in zip(w.split(rows), g.split(rows), m.split(rows), v.split(rows)):
+            w32 = w_.to(m.dtype)
+            adamw([w32], [g_.to(m.dtype)], [m_], [v_], [], [step.clone()], **options)
+            w_.copy_(w32)
+        step += 1
+
+
+def leading_left_singular_vectors(G: Tensor, rank: int) -> Tensor:
+    """The `rank` leading left singular vectors of G (m, n), shape (m, rank), largest first.
+
+    From the eigenvectors of the smaller Gram matrix in float64. That is exact down to singular values
+    of 1e-8 of the largest, faster than an SVD, and cannot fail to converge on a float32's range.
+    """
+    G = G.cpu().double() if G.device.type == "mps" else G.double()
+    G = G / G.abs().max()
+    if G.shape[0] <= G.shape[1]:
+        return torch.linalg.eigh(G @ G.T).eigenvectors[:, -rank:].flip(1)
+    right = torch.linalg.eigh(G.T @ G).eigenvectors[:, -rank:].flip(1)
+    return torch.linalg.qr(G @ right).Q
+
+
+def random_projection(m: int, rank: int, seed: int) -> Tensor:
+    """Q (m, rank) of a seeded Gaussian's QR; drawn on the CPU, so it is the same on every device and process."""
+    return torch.linalg.qr(torch.randn(m, rank, generator=torch.Generator().manual_seed(seed))).Q
+
+
+def projects_right(shape: torch.Size, proj_type: str) -> bool:
+    """Whether P acts on the columns (n) of an (m, n) matrix; if not, it acts on the rows (m)."""
+    tall = shape[0] >= shape[1]
+    return {"std": tall, "reverse_std": not tall, "left": False, "right": True}[proj_type]
+
+
+class Fira(torch.optim.Optimizer):
+    """Fira and its family; a `torch.optim.Optimizer` in every respect.
+
+    A parameter group with a `rank` must hold matrices; one without is torch's AdamW, fused where torch
+    has it. The state of a projected weight, in an orientation with the projected side m first, is
+    `projection` (m, r) in the weight's dtype, `exp_avg` and `exp_avg_sq` (r, n) in float32 (float64 for
+    float64 weights), `prev_norm` () and the number `step`. At rank ≥ the short side nothing is
+    projected, and the update is α N.
+
+    Args:
+        params: parameters or groups; `param_groups(model, rank)` makes the groups for a transformer.
+        lr, betas, eps, weight_decay: as in AdamW. ε is added to √V before the bias correction, and
+            the decay comes after the update, both as in the authors' release.
+        maximize: ascend instead of descend.
+
+    Group options, which are also defaults here:
+        rank: r, or None for plain AdamW.
+        update_proj_gap: T; the subspace is chosen anew every T steps.
+        alpha: α, GaLore's factor.
+        proj_type: which side is projected: "std" the short one, "reverse_std" the long one,
+            "left" the rows, "right" the columns.
+        proj_method: "svd", the leading singular vectors of the gradient, or "random", a seeded random
+            orthonormal basis.
+        scaling: φ: "column" one for each column (Fira), "matrix" one for the matrix (Fira-matrix),
+            "unit" 1 (GaLore-add), None 0 (GaLore).
+        only_scaling: update by α S alone with S = φ∘G (Fira-only-scaling; with "random": APOLLO).
+        gamma: γ of the norm-growth limiter, or None for no limiter.
+        alpha_mode: what α multiplies; the paper and its code differ.
+            "paper"     α (P N + S), Algorithm 1.
+            "unscaled"  α P N + S, Equation 10 with GaLore's α on GaLore's term alone.
+            "released"  α P N + φ∘(G − α P R), what the authors' code computes.
+
+    When the subspace changes, the moments stay as they are, as in the release, but the new singular
+    vectors' signs, which are arbitrary, are chosen so that each points along the old vector in its
+    place. So the result does not depend on the signs that a LAPACK happens to return.
+
+    Raises:
+        ValueError: an option is out of its range, or a group with a rank holds something else than matrices.
+        RuntimeError: a gradient is sparse.
+        FloatingPointError: a gradient is not finite in a step that chooses a subspace; no weight was changed.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        alpha: float = 0.25,
+        proj_type: str = "std",
+        proj_method: str = "svd",
+        scaling: str | None = "column",
+        only_scaling: bool = False,
+        gamma: float | None = 1.01,
+        alpha_mode: str = "unscaled",
+    ):
+        defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update every parameter that has a gradient. Returns the closure's loss, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # All that can fail comes first, so that a failure leaves every weight as it was.
+        index = 0
+        for number, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._prepare(p, group, number, index)
+                index += 1
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if group["rank"] is None:
+                self._step_adamw(group, params)
+            else:
+                for p in params:
+                    self._step_projected(group, p)
+        return loss
+
+    def _prepare(self, p: Tensor, group: dict, number: int, index: int) -> None:
+        """Make p's state in its first step, and choose its subspace where that is due."""
+        if p.grad.is_sparse:
+            raise RuntimeError(f"Fira takes no sparse gradients: parameter of shape {tuple(p.shape)} in group {number}")
+        state, r = self.state[p], group["rank"]
+        dtype = torch.promote_types(p.dtype, torch.float32)  # β₂ = 0.999 would do nothing to a bfloat16 V
+        if r is None:
+            if not state:
+                device = p.device if p.device.type in FUSED_DEVICES else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
+                state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
+            return
+        G = p.grad.T if projects_right(p.shape, group["proj_type"]) else p.grad  # (m, n)
+        projected = r < min(G.shape)
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = G.new_zeros(r if projected else G.shape[0], G.shape[1], dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+            state["prev_norm"] = G.new_zeros((), dtype=dtype)
+        if not projected or ("projection" in state and state["step"] % group["update_proj_gap"]):
+            return
+        size = G.abs().max()
+        if not size.isfinite():
+            raise FloatingPointError(
+                f"the gradient of a parameter of shape {tuple(p.shape)} in group {number} is not finite, "
+                f"and its subspace is to be chosen in this step ({state['step'] + 1})"
+            )
+        if size == 0:
+            return  # no direction to choose from: the old P stays, or the first one waits for a gradient
+        if group["proj_method"] == "random":
+            P = random_projection(G.shape[0], r, seed=1_000_003 * index + state["step"])
+        else:
+            P = leading_left_singular_vectors(G, r)
+        P = P.to(G)
+        if "projection" in state:
+            P *= torch.where((P * state["projection"]).sum(0) < 0, -1.0, 1.0).to(P.dtype)
+        state["projection"] = P.contiguous()
+
+    def _step_adamw(self, group: dict, params: list[Tensor]) -> None:
+        beta1, beta2 = group["betas"]
+        options = {k: group[k] for k in ("lr", "eps", "weight_decay", "maximize")}
+        for kind in {(p.device, p.dtype) for p in params}:  # nearly always one
+            same = [p for p in params if (p.device, p.dtype) == kind]
+            state = [[self.state[p][k] for p in same] for k in ("exp_avg", "exp_avg_sq", "step")]
+            adamw_update(same, [p.grad for p in same], *state, beta1=beta1, beta2=beta2, **options)
+
+    def _step_projected(self, group: dict, p: Tensor) -> None:
+        state = self.state[p]
+        state["step"] += 1
+        projected = group["rank"] < min(p.shape)
+        if "projection" in state or not projected:  # else every gradient was zero so far
+            right = projects_right(p.shape, group["proj_type"])
+            fira_update(
+                p.T if right else p,
+                p.grad.T if right else p.grad,
+                state.get("projection"),
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                state["prev_norm"],
+                lr=-group["lr"] if group["maximize"] else group["lr"],
+                coefficients=alpha_coefficients(
+                    group["alpha"], group["alpha_mode"], group["scaling"], group["only_scaling"], projected
+                ),
+                **{k: group[k] for k in ("betas", "eps", "scaling", "gamma")},
+                step=state["step"],
+            )
+        if group["weight_decay"]:
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As in torch, but every state tensor keeps its own dtype (torch casts it to the parameter's)."""
+        super().load_state_dict(state_dict)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
+            for p, number in zip(group["params"], saved["params"]):
+                for name, value in state_dict["state"].get(number, {}).items():
+                    if isinstance(value, Tensor):
+                        self.state[p][name] = value.to(p.device, copy=True)
+
+
+def check_group(group: dict) -> None:
+    """Raise ValueError, with what is wrong, if a parameter group's options or parameters are."""
+    at_least_0 = {"lr": group["lr"], "eps": group["eps"], "weight_decay": group["weight_decay"]}
+    for name, value in at_least_0.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value} must be a finite number of at least 0")
+    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas={group['betas']} must be two numbers of at least 0 and below 1")
+    for name, choices in CHOICES.items():
+        if group[name] not in choices:
+            raise ValueError(f"{name}={group[name]!r} must be one of {', '.join(map(repr, choices))}")
+    for name in ("rank", "update_proj_gap"):
+        value = group[name]
+        if not (name == "rank" and value is None) and (type(value) is not int or value < 1):
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+    if not 0 < group["alpha"] < math.inf:
+        raise ValueError(f"alpha={group['alpha']} must be a finite number above 0")
+    if group["gamma"] is not None and not group["gamma"] >= 1:
+        raise ValueError(f"gamma={group['gamma']} must be at least 1, or None for no limiter")
+    if group["only_scaling"] and group["scaling"] is None:
+        raise ValueError("only_scaling=True needs a scaling: with scaling=None nothing would be left of the update")
+    for p in group["params"]:
+        if not p.is_floating_point():
+            raise ValueError(f"a parameter of shape {tuple(p.shape)} is {p.dtype}; Fira takes real floating point only")
+        if group["rank"] is not None and p.dim() != 2:
+            raise ValueError(
+                f"a group with rank={group['rank']} must hold matrices, but has a parameter of shape {tuple(p.shape)}; "
+                "use param_groups(model, rank), or put it into a group without a rank"
+            )
+
+
+def param_groups(model: nn.Module, rank: int | None, **options) -> list[dict]:
+    """Groups for `Fira`: the matrices of the transformer's blocks projected, all else plain AdamW.
+
+    A block is what an `nn.ModuleList` or `nn.Sequential` of the model holds; its matrices are its 2-D
+    parameters, embeddings excepted. Embeddings and the output head outside the blocks are AdamW at the
+    same learning rate, as in the authors' release; norms and biases are, too, without weight decay.
+
+    Args:
+        rank: r for the matrices; None makes everything AdamW.
+        options: further group options for the matrices, such as `alpha=0.25`.
+    Raises:
+        ValueError: the model has no such matrices.
+    """
+    in_blocks, in_embeddings = set(), set()
+    for module in model.modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            in_blocks.update(module.parameters())
+        elif isinstance(module, nn.Embedding):
+            in_embeddings.update(module.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() == 2 and p in in_blocks and p not in in_embeddings]
+    if not matrices:
+        raise ValueError(
+            "the model has no nn.ModuleList or nn.Sequential of blocks with matrices in them; "
+            'make the groups by hand: [{"params": matrices, "rank": r}, {"params": others}]'
+        )
+    projected = set(matrices)
+    others = [p for p in trained if p.dim() >= 2 and p not in projected]
+    vectors = [p for p in trained if p.dim() < 2]
+    groups = [
+        {"params": matrices, "rank": rank, **options},
+        {"params": others, "rank": None},
+        {"params": vectors, "rank": None, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def state_bytes(groups: list[dict]) -> int:
+    """Bytes of the tensors that `Fira` keeps for groups that give their `rank`, as `param_groups` makes them.
+
+    For a projected (m, n) matrix that is P (m r), M and V (2 n r) and ‖S‖ (1): the paper's Table 2.
+    """
+    total = 0
+    for group in groups:
+        for p in group["params"]:
+            moment = max(p.element_size(), 4)
+            r = group["rank"]
+            if r is None:
+                total += 2 * p.numel() * moment + 4  # and the step
+            elif r >= min(p.shape):
+                total += 2 * p.numel() * moment + moment
+            else:
+                m, n = reversed(p.shape) if projects_right(p.shape, group.get("proj_type", "std")) else p.shape
+                total += m * r * p.element_size() + (2 * n * r + 1) * moment
+    return total
