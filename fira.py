@@ -358,8 +358,8 @@ def check_group(group: dict) -> None:
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
     if not 0 < group["alpha"] < math.inf:
         raise ValueError(f"alpha={group['alpha']} must be a finite number above 0")
-    if group["gamma"] is not None and not group["gamma"] >= 1:
-        raise ValueError(f"gamma={group['gamma']} must be at least 1, or None for no limiter")
+    if group["gamma"] is not None and not 1 <= group["gamma"] < math.inf:
+        raise ValueError(f"gamma={group['gamma']} must be a finite number of at least 1, or None for no limiter")
     if group["only_scaling"] and group["scaling"] is None:
         raise ValueError("only_scaling=True needs a scaling: with scaling=None nothing would be left of the update")
     for p in group["params"]:

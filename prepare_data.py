@@ -163,8 +163,9 @@ def find_source(source: str, glob: str) -> tuple[str, str, list[Document], list[
         return source, SHAKESPEARE_URL, *split_text(path)
     path = Path(source).resolve()
     if not path.exists():
-        near = difflib.get_close_matches(source, NAMES, 1, 0.5)
-        hint = f"did you mean {near[0]}?" if near else f"it is neither a file or folder nor one of {', '.join(NAMES)}"
+        names = sorted({*NAMES, *(meta.parent.name for meta in DATA.glob("*/meta.json"))})
+        near = difflib.get_close_matches(source, names, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else f"it is neither a file or folder nor one of {', '.join(names)}"
         raise InputError(f"no data {source!r}: {hint}")
     if not path.stem or path.stem in NAMES:
         raise InputError(f"cannot name a data set after {path}: data/{path.stem} is taken; rename it")
@@ -282,6 +283,19 @@ def prepare(source: str, tokenizer: str = "bytes", glob: str = "*.txt") -> str:
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+    return name
+
+
+def ensure(source: str) -> str:
+    """The name of the data set for a NAME or PATH, prepared now, with bytes for tokens, if it is not there. Raises InputError."""
+    path = Path(source)
+    is_path = path.exists() and source not in NAMES and not (DATA / source / "meta.json").exists()
+    name = path.resolve().stem if is_path else source
+    recover(DATA / name)
+    if not (DATA / name / "meta.json").exists():
+        return prepare(source)
+    if is_path and load(name)[0]["source"] != str(path.resolve()):
+        raise InputError(f"data/{name} was prepared from another place than {path.resolve()}; run prepare_data.py {source} to replace it")
     return name
 
 

@@ -2,6 +2,7 @@
 full-size matrices throughout, written apart from the fast code and sharing nothing with it."""
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -135,3 +136,366 @@ def test_family_equals_the_naive_algorithm(shape, member, alpha_mode):
     expected = oracle_run(W, gradients, rank, gap, bases[::gap], right, **options)
     for a, b in zip(got, expected):
         torch.testing.assert_close(a - W, b - W, rtol=1e-9, atol=1e-12)
+
+
+# The optimizer
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (1, 9), (9, 1)], ids=str)
+@pytest.mark.parametrize("member", ["fira", "galore", "apollo"])
+def test_rank_of_the_short_side_needs_no_projection(shape, member):
+    options = {"lr": 0.02, "alpha": 0.3, "betas": (0.8, 0.95), "alpha_mode": "released"}
+    W, gradients = torch.randn(shape).double(), random_gradients(shape, 6)
+    got, _, optimizer = run(W, gradients, 6, update_proj_gap=2, **options, **FAMILY[member])
+    assert all("projection" not in state for state in optimizer.state.values())
+    options |= {"scaling": "column", "only_scaling": False, "gamma": 1.01} | FAMILY[member]
+    options.pop("proj_method", None)
+    expected = oracle_run(W, gradients, 6, 2, None, shape[0] >= shape[1], **options)
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a - W, b - W, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("proj_type, m", [("std", 8), ("reverse_std", 20), ("left", 8), ("right", 20)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_svd_finds_the_leading_singular_vectors(proj_type, m, dtype):
+    G = random_gradients((8, 20), 1, dtype)[0]
+    _, bases, _ = run(torch.zeros(8, 20, dtype=dtype), [G], 5, proj_type=proj_type)
+    U, _, Vh = torch.linalg.svd(G.double(), full_matrices=False)
+    expected = (Vh.T if m == 20 else U)[:, :5]
+    assert bases[0].shape == (m, 5) and bases[0].dtype == dtype
+    agreement = (bases[0].double() * expected).sum(0).abs()
+    torch.testing.assert_close(agreement, torch.ones(5).double(), rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-12)
+
+
+def test_svd_handles_the_whole_range_of_float32_and_a_low_rank():
+    for scale in (1e-37, 1e37):
+        G = scale * torch.randn(12, 3) @ torch.randn(3, 30)  # rank 3: the other two vectors are any orthonormal ones
+        P = fira.leading_left_singular_vectors(G, 5)
+        torch.testing.assert_close(P.T @ P, torch.eye(5).double(), rtol=0, atol=1e-9)
+        torch.testing.assert_close((P @ (P.T @ G.double()) / scale).float(), G / scale, rtol=1e-5, atol=1e-5)
+
+
+def test_the_signs_of_singular_vectors_do_not_matter(monkeypatch):
+    gradients = random_gradients((12, 30), 14)
+    expected, _, _ = run(torch.zeros(12, 30).double(), gradients, 5, update_proj_gap=4)
+    exact, generator = fira.leading_left_singular_vectors, torch.Generator().manual_seed(3)
+
+    def with_random_signs(G, rank):
+        return exact(G, rank) * (torch.randint(2, (rank,), generator=generator) * 2 - 1)
+
+    monkeypatch.setattr(fira, "leading_left_singular_vectors", with_random_signs)
+    got, _, _ = run(torch.zeros(12, 30).double(), gradients, 5, update_proj_gap=4)
+    torch.testing.assert_close(got[-1], expected[-1], rtol=1e-12, atol=1e-14)
+
+
+def test_random_projections_are_seeded_and_differ():
+    gradients = [torch.randn(10, 24) for _ in range(4)]
+    first, second = (run(torch.zeros(10, 24), gradients, 3, proj_method="random", update_proj_gap=2) for _ in range(2))
+    assert torch.equal(first[0][-1], second[0][-1])
+    assert not torch.allclose(first[1][0].abs(), first[1][2].abs())
+    two = [nn.Parameter(torch.zeros(10, 24)) for _ in range(2)]
+    optimizer = Fira(two, rank=3, proj_method="random")
+    for p in two:
+        p.grad = torch.randn(10, 24)
+    optimizer.step()
+    assert not torch.allclose(optimizer.state[two[0]]["projection"], optimizer.state[two[1]]["projection"])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_group_without_rank_is_adamw_bit_for_bit(scale, dtype):
+    start = [torch.randn(7, 5, dtype=dtype), torch.randn(5, dtype=dtype), torch.randn((), dtype=dtype)]
+    results = []
+    for kind in (Fira, lambda p, **k: torch.optim.AdamW(p, fused=True, **k)):
+        params = [nn.Parameter(x.clone()) for x in start]
+        optimizer = kind(params, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(20):
+            for p in params:
+                p.grad = scale * torch.randn(p.shape, dtype=dtype, generator=generator)
+            optimizer.step()
+        results.append(params)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_adamw_of_bf16_weights_keeps_float32_moments():
+    p = nn.Parameter(torch.randn(700, 800).bfloat16())  # more than one block of rows
+    reference = nn.Parameter(p.detach().float())
+    scalar = nn.Parameter(torch.tensor(0.5).bfloat16())
+    optimizer, adamw = Fira([p, scalar], lr=0.01), torch.optim.AdamW([reference], lr=0.01, weight_decay=0, fused=True)
+    for _ in range(3):
+        p.grad, scalar.grad = torch.randn(700, 800).bfloat16(), torch.tensor(1.0).bfloat16()
+        reference.grad = p.grad.float()
+        reference.data.copy_(p.detach())
+        optimizer.step(), adamw.step()
+        assert torch.equal(p, reference.bfloat16())
+    assert optimizer.state[p]["exp_avg_sq"].dtype == torch.float32 and optimizer.state[p]["step"] == 3
+    assert torch.equal(optimizer.state[p]["exp_avg_sq"], adamw.state[reference]["exp_avg_sq"])
+    assert abs(scalar.item() - (0.5 - 3 * 0.01)) < 0.005
+
+
+def tensor_bytes(optimizer):
+    return sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))
+
+
+def small_model(kind="llama", dtype=torch.float32):
+    torch.manual_seed(0)
+    return Transformer(ModelConfig(61, 16, kind, 32, 80, 4, 2)).to(dtype)
+
+
+def train_steps(model, optimizer, steps, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        tokens = torch.randint(61, (2, 17), generator=generator)
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("member", [*FAMILY, "adamw"])
+def test_state_bytes_equal_the_formula(member, dtype):
+    model, item = small_model(dtype=dtype), max(4, dtype.itemsize)
+    options = {"rank": 8} | FAMILY.get(member, {"rank": None})
+    optimizer = Fira(param_groups(model, **options))
+    train_steps(model, optimizer, 2)
+    r, expected = options["rank"], 0
+    for name, p in model.named_parameters():
+        if r is None or "blocks" not in name or p.dim() < 2:
+            expected += 2 * p.numel() * item + 4
+        else:
+            m, n = sorted(p.shape)
+            expected += m * r * dtype.itemsize + (2 * n * r + 1) * item
+    assert tensor_bytes(optimizer) == state_bytes(optimizer.param_groups) == expected
+
+
+class Watch(TorchDispatchMode):
+    """Records the largest output that an op allocates, and whether a number was read off a tensor."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.largest, self.reads = {t.untyped_storage().data_ptr() for t in known}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.reads += "_local_scalar_dense" in str(func)
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(512, 700), (700, 512), (512, 512)], ids=str)
+@pytest.mark.parametrize("member", [*FAMILY, "adamw"])
+def test_no_temporary_of_a_weights_size(member, shape, dtype):
+    options = {"rank": 16, "update_proj_gap": 4} | FAMILY.get(member, {"rank": None})
+    if member == "adamw":
+        shape = (4 * shape[0], 2 * shape[1])  # 16-bit weights are converted in blocks; these are several
+    p = nn.Parameter(torch.randn(shape, dtype=dtype))
+    optimizer = Fira([p], weight_decay=0.1, **options)
+    p.grad = torch.randn(shape, dtype=dtype)
+    optimizer.step()  # chooses the subspace
+    kept = [v for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)]
+    with Watch([p, p.grad, *kept]) as watch:
+        optimizer.step()
+    assert watch.reads == 0  # nothing waits for a device
+    assert watch.largest < 0.5 * p.numel()
+    # Some ops allocate inside. Every allocation and release of one more step, in order:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        optimizer.step()
+    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = max(itertools.accumulate(sizes))
+    assert (0 < peak or member == "adamw") and peak < 0.8 * p.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("member", FAMILY)
+def test_training_goes_on_bit_for_bit_from_a_saved_state(tmp_path, member, dtype):
+    options = {"rank": 8, "update_proj_gap": 3} | FAMILY[member]
+    model = small_model(dtype=dtype)
+    optimizer = Fira(param_groups(model, **options), lr=0.01, weight_decay=0.1)
+    train_steps(model, optimizer, 4)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "ckpt.pt")
+    train_steps(model, optimizer, 5, seed=1)
+    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    other = small_model(dtype=dtype)
+    resumed = Fira(param_groups(other, **options), lr=0.5)
+    other.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    train_steps(other, resumed, 5, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    for a, b in zip(optimizer.state.values(), resumed.state.values()):
+        assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
+
+
+@pytest.mark.parametrize("zero_at", [0, 2, 4, 6])  # T = 4: 0 and 4 choose a subspace
+def test_an_all_zero_gradient_does_no_harm(zero_at):
+    options = {"rank": 4, "update_proj_gap": 4, "lr": 0.01, "betas": (0.5, 0.9)}
+    gradients = [torch.randn(10, 24) for _ in range(12)]
+    _, bases, optimizer = run(torch.zeros(10, 24), gradients[:zero_at] + [torch.zeros(10, 24)], **options)
+    assert (bases[-1] is None) if zero_at == 0 else torch.equal(bases[-1], bases[-2])
+    with_zero = gradients[:zero_at] + [torch.zeros(10, 24)] + gradients[zero_at:]
+    trajectory, bases, optimizer = run(torch.zeros(10, 24), with_zero, **options)
+    (state,) = optimizer.state.values()
+    assert torch.isfinite(trajectory[-1]).all() and bases[-1] is not None
+    # 1e-8, the cap of a stored zero, would be 1.01^k times 1e-8; the rest of a gradient is some 1e0.
+    assert state["prev_norm"] > 0.01 and (trajectory[-1] - trajectory[-2]).norm() > 0.01
+
+
+def test_no_gradient_no_update():
+    p, q = nn.Parameter(torch.ones(4, 8)), nn.Parameter(torch.ones(4, 8))
+    optimizer = Fira([p, q], rank=2, weight_decay=0.1)
+    p.grad = torch.randn(4, 8)
+    optimizer.step()
+    assert torch.equal(q, torch.ones(4, 8)) and q not in optimizer.state and not torch.equal(p, q)
+
+
+def test_maximize_ascends():
+    for rank in (3, None):
+        ends = []
+        for sign, maximize in ((1, False), (-1, True)):
+            p = nn.Parameter(torch.zeros(8, 20))
+            optimizer = Fira([p], rank=rank, maximize=maximize, update_proj_gap=2, weight_decay=0.1)
+            for G in random_gradients((8, 20), 5, torch.float32):
+                p.grad = sign * G
+                optimizer.step()
+            ends.append(p.detach())
+        torch.testing.assert_close(*ends)
+
+
+def test_it_behaves_as_a_torch_optimizer():
+    model = small_model()
+    optimizer = Fira(param_groups(model, rank=8), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step == 0 else 1e-3)
+    before = copy.deepcopy(model.state_dict())
+    train_steps(model, optimizer, 1)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))  # lr 0
+    scheduler.step()
+    train_steps(model, optimizer, 1)
+    assert not any(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    tokens = torch.randint(61, (2, 17))
+
+    def closure():
+        assert torch.is_grad_enabled()
+        calls.append("closure")
+        optimizer.zero_grad()
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        return loss
+
+    assert math.isfinite(optimizer.step(closure).item()) and calls == ["pre", "closure", "post"]
+
+    optimizer.zero_grad()  # a deepcopy has none
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    train_steps(model, optimizer, 3), train_steps(twin, twin_optimizer, 3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
+
+    extra = nn.Parameter(torch.ones(6, 6))
+    optimizer.add_param_group({"params": [extra], "rank": 2, "lr": 0.1})
+    assert optimizer.param_groups[-1]["alpha"] == 0.25
+    extra.grad = torch.randn(6, 6)
+    optimizer.step()
+    assert not torch.equal(extra, torch.ones(6, 6))
+    with pytest.raises(ValueError, match="rank=-1"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))], "rank": -1})
+    assert optimizer.param_groups[-1]["params"][0] is extra
+    assert "Fira" in repr(optimizer)
+
+
+def test_grad_scaler_skips_a_step_that_overflowed():
+    p = nn.Parameter(torch.ones(8, 20))
+    optimizer, scaler = Fira([p], rank=3, lr=0.1), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for factor, moves in ((1.0, True), (1e38, False), (1.0, True)):
+        before = p.detach().clone()
+        optimizer.zero_grad()
+        scaler.scale((p * torch.randn(8, 20)).sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(before, p) != moves
+    assert torch.isfinite(p).all()
+
+
+def test_a_compiled_step_equals_the_plain_one():
+    trajectories = []
+    for compiled in (False, True):
+        p = nn.Parameter(torch.zeros(8, 20))
+        optimizer = Fira([p], rank=3)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for G in random_gradients((8, 20), 3, torch.float32):
+            p.grad = G
+            step()
+        trajectories.append(p.detach())
+    torch.testing.assert_close(*trajectories)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"lr": -1.0}, "lr"),
+        ({"lr": math.nan}, "lr"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"betas": (-0.1, 0.9)}, "betas"),
+        ({"eps": -1e-8}, "eps"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"rank": 0}, "rank=0"),
+        ({"rank": -3}, "rank=-3"),
+        ({"rank": 2.5}, "rank=2.5"),
+        ({"update_proj_gap": 0}, "update_proj_gap"),
+        ({"alpha": 0.0}, "alpha"),
+        ({"gamma": 0.5}, "gamma"),
+        ({"gamma": math.inf}, "gamma"),
+        ({"scaling": "row"}, "scaling"),
+        ({"proj_type": "up"}, "proj_type"),
+        ({"proj_method": "qr"}, "proj_method"),
+        ({"alpha_mode": "new"}, "alpha_mode"),
+        ({"only_scaling": True, "scaling": None}, "only_scaling"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Fira([nn.Parameter(torch.ones(4, 8))], **({"rank": 2} | options))
+
+
+def test_bad_parameters_and_gradients_are_refused():
+    with pytest.raises(ValueError, match=r"\(8,\)"):
+        Fira([nn.Parameter(torch.ones(8))], rank=2)
+    with pytest.raises(ValueError, match="complex"):
+        Fira([nn.Parameter(torch.ones(4, 8, dtype=torch.complex64))], rank=2)
+    with pytest.raises(ValueError, match="complex"):
+        Fira([nn.Parameter(torch.ones(4, 8, dtype=torch.complex64))])
+    embedding = nn.Embedding(10, 4, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        Fira(embedding.parameters()).step()
+    with pytest.raises(ValueError, match="ModuleList"):
+        param_groups(nn.Embedding(4, 4), rank=2)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("proj_method", ["svd", "random"])
+def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(bad, proj_method):
+    good, sick = nn.Parameter(torch.ones(4, 8)), nn.Parameter(torch.ones(5, 9))
+    optimizer = Fira([{"params": [good]}, {"params": [sick]}], rank=2, proj_method=proj_method)
+    good.grad, sick.grad = torch.randn(4, 8), torch.randn(5, 9)
+    sick.grad[2, 3] = bad
+    with pytest.raises(FloatingPointError, match=r"shape \(5, 9\) in group 1"):
+        optimizer.step()
+    assert torch.equal(good, torch.ones(4, 8)) and torch.equal(sick, torch.ones(5, 9))
+
+
+def test_param_groups_of_a_transformer():
+    model = small_model()
+    matrices, others, vectors = param_groups(model, rank=8, alpha=0.5)
+    assert len(matrices["params"]) == 2 * 7 and matrices["rank"] == 8 and matrices["alpha"] == 0.5
+    assert {id(p) for p in others["params"]} == {id(model.embedding.weight), id(model.head.weight)}
+    assert all(p.dim() == 1 for p in vectors["params"]) and vectors["weight_decay"] == 0.0
+    gpt2 = small_model("gpt2")
+    groups = param_groups(gpt2, rank=8)
+    assert sum(p.numel() for g in groups for p in g["params"]) == sum(p.numel() for p in gpt2.parameters())
+    assert len(groups[1]["params"]) == 2  # the head is the embedding, and the positions

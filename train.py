@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,9 +109,8 @@ class Config:
                 raise InputError(f"unknown {f.name} {value!r}: did you mean {near[0]}? ({', '.join(choices)})")
             if "min" in f.metadata and value is not None and not value >= f.metadata["min"]:
                 raise InputError(f"--{f.name} {value} must be at least {f.metadata['min']}")
-        lr, setting = METHODS[self.optimizer]
-        for name, value in {"lr": lr, **TRAINING[self.model], **(setting or {})}.items():
-            if getattr(self, name, 0) is None:
+        for name, value in {"lr": METHODS[self.optimizer][0], **TRAINING[self.model]}.items():
+            if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.warmup is None:
             self.warmup = self.steps // 10
@@ -151,11 +151,11 @@ def evaluate(model, tokens: np.ndarray, config: Config, meta: dict, device, auto
     n = min(EVAL_TOKENS // config.block_size or 1, (len(tokens) - 1) // config.block_size)
     starts = np.linspace(0, len(tokens) - config.block_size - 1, n).astype(np.int64)
     total = 0.0
-    for part in np.array_split(starts, math.ceil(n / config.batch_size)):
-        w = windows(tokens, part, config, meta).to(device)
+    for i in range(0, n, config.batch_size):
+        w = windows(tokens, starts[i : i + config.batch_size], config, meta).to(device)
         with autocast:
-            total += model(w[:, :-1], w[:, 1:]).double() * len(part)
-    return float(total) / n
+            total += model(w[:, :-1], w[:, 1:]).item() * len(w)
+    return total / n
 
 
 # Model and optimizer
@@ -319,9 +319,10 @@ def train(config: Config, given: dict, resume: bool, prompt: str) -> None:
     if start:
         print(f"resuming   {folder} after step {start}")
     elif (folder / "ckpt.pt").exists():
-        print(f"replacing  the earlier run in {folder}")
-        for name in ("ckpt.pt", "result.json", "sample.txt"):
-            (folder / name).unlink(missing_ok=True)
+        previous = folder.with_name(folder.name + "-previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+        print(f"previous   run with this name: kept as {previous}")
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
     write(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
@@ -342,7 +343,6 @@ def train(config: Config, given: dict, resume: bool, prompt: str) -> None:
     interval_losses, optimizer_times = [], []  # since the last log line; tensors and CUDA events, to be read then
     clock = time.perf_counter()
     bar = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True)
-    model.train()
     for step in range(start + 1, config.steps + 1):
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
@@ -400,9 +400,7 @@ def train(config: Config, given: dict, resume: bool, prompt: str) -> None:
         entry = {"step": step, "loss": sum(losses) / len(losses), "lr": lr, "tokens_per_second": round(tokens_per_second)}
         bar.set_postfix_str(f"loss {entry['loss']:.3f}, lr {lr:.1e}, {tokens_per_second:,.0f} tokens/s")
         if evaluation:
-            model.eval()
             entry |= figures(evaluate(forward, val_tokens, config, meta, device, autocast), meta)
-            model.train()
             bar.write(
                 f"step {step}: validation loss {entry['val_loss']:.4f}, perplexity {entry['perplexity']:.2f}, "
                 f"{entry['bits_per_byte']:.4f} bits per byte"
@@ -430,8 +428,9 @@ def train(config: Config, given: dict, resume: bool, prompt: str) -> None:
     bar.close()
 
     if measured_steps or not (folder / "result.json").exists():
-        result = {"optimizer": config.optimizer, "lr": config.lr, "seed": config.seed, "steps": config.steps}
-        result |= figures(evaluate(forward, val_tokens, config, meta, device, autocast), meta)
+        last = read_log(folder, config.steps)[-1]
+        result = {"optimizer": config.optimizer, "lr": config.lr, "seed": config.seed, "steps": last["step"]}
+        result |= {key: last[key] for key in figures(0.0, meta)}
         result |= {
             "state_bytes": state_bytes(optimizer.param_groups),
             "peak_bytes": peak_bytes(device),
@@ -460,7 +459,6 @@ def sample(model: Transformer, tokenizer: str, prompt: str, seed: int) -> str:
     tokens = encoding.encode_ordinary(prompt) or [encoding.eot_token]
     torch.manual_seed(seed)
     device = next(model.parameters()).device
-    model.eval()
     written = model.generate(torch.tensor([tokens], device=device), SAMPLE_TOKENS)[0].tolist()
     return encoding.decode(written[0 if prompt else 1 :])
 
@@ -479,22 +477,21 @@ def sample_checkpoint(config: Config, prompt: str) -> None:
 # Comparing optimizers
 
 
-def compare(config: Config, optimizers: list[str]) -> None:
+def compare(config: Config, optimizers: list[str], given: dict, resume: bool) -> None:
     """Train with each optimizer in a process of its own, so that each has its own peak memory; then one table."""
-    arguments = [argument for argument in sys.argv[1:]]
-    at = arguments.index("--optimizer")
-    del arguments[at : at + 1 + len(optimizers)]
+    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
     signal.signal(signal.SIGINT, lambda *_: None)  # the child saves and says how to go on
     rows, curves = [], {}
     for name in optimizers:
         print(f"\n=== {name} ===", flush=True)
-        code = subprocess.run([sys.executable, __file__, *arguments, "--optimizer", name]).returncode
+        config.optimizer = name
+        resume_flag = ["--resume"] * (resume and (config.folder / "ckpt.pt").exists())
+        code = subprocess.run([sys.executable, __file__, *flags, f"--optimizer={name}", *resume_flag]).returncode
         if code >= 128 or code < 0:
             sys.exit(f"stopped; go on with: {resume_command()}")
         if code:
             print(f"{name} failed; going on with the others", flush=True)
             continue
-        config.optimizer = name
         rows.append(json.loads((config.folder / "result.json").read_text()))
         curves[name] = [entry for entry in read_log(config.folder, rows[-1]["steps"]) if "val_loss" in entry]
     if not rows:
@@ -571,16 +568,17 @@ def main() -> None:
             config = Config(**given, optimizer=name).resolve()
         if not resume and prompt is None:
             pick_device(config.device)
-        if not (prepare_data.DATA / config.data / "meta.json").exists() and prompt is None:
-            given["data"] = config.data = prepare_data.prepare(config.data)
+        given["data"] = config.data = prepare_data.ensure(config.data)
         if len(optimizers) > 1:
-            compare(config, optimizers)
+            compare(config, optimizers, given, resume)
         elif prompt is not None:
             sample_checkpoint(config, prompt)
         else:
             train(config, given, resume, "")
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
