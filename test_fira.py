@@ -499,3 +499,487 @@ def test_param_groups_of_a_transformer():
     groups = param_groups(gpt2, rank=8)
     assert sum(p.numel() for g in groups for p in g["params"]) == sum(p.numel() for p in gpt2.parameters())
     assert len(groups[1]["params"]) == 2  # the head is the embedding, and the positions
+
+
+# The model
+
+
+def test_sizes_are_those_of_the_paper_and_of_gpt2():
+    with torch.device("meta"):
+        counts = {
+            name: sum(p.numel() for p in Transformer(ModelConfig.preset(name, 32000, 256)).parameters())
+            for name in ("60m", "130m", "350m", "1b")
+        }
+        gpt2 = Transformer(ModelConfig.preset("gpt2", 50257, 1024))
+    # 2 V d + L (4 d² + 3 d f) + (2 L + 1) d
+    assert counts == {"60m": 58_073_600, "130m": 134_105_856, "350m": 367_969_280, "1b": 1_339_082_752}
+    assert sum(p.numel() for p in gpt2.parameters()) == 124_439_808  # the published GPT-2 small
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_no_token_sees_the_ones_after_it(kind):
+    model, tokens = small_model(kind), torch.randint(61, (2, 16))
+    changed = tokens.clone()
+    changed[:, 9] = (tokens[:, 9] + 1) % 61
+    a, b = model(tokens), model(changed)
+    assert torch.equal(a[:, :9], b[:, :9]) and not torch.allclose(a[:, 9:], b[:, 9:])
+    torch.testing.assert_close(model(tokens[:, :-1], tokens[:, 1:]).item(), math.log(61), rtol=0.05, atol=0)
+
+
+def test_rotary_attention_depends_on_distances_only():
+    model = small_model()
+    q, k = torch.randn(1, 1, 1, 8).expand(1, 1, 16, 8), torch.randn(1, 1, 1, 8).expand(1, 1, 16, 8)
+    from model import rotate
+
+    scores = (rotate(q, model.cos, model.sin) @ rotate(k, model.cos, model.sin).mT)[0, 0]
+    for distance in (0, 3, 7):
+        diagonal = scores.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(scores[5, 5], scores[5, 2])
+
+
+def test_lora_starts_as_the_same_function_and_freezes_the_blocks():
+    model, tokens = small_model(), torch.randint(61, (2, 16))
+    before = model(tokens)
+    add_lora(model, rank=4)
+    assert torch.equal(before, model(tokens))
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    assert len(frozen) == 2 * 7 and all("linear.weight" in name for name in frozen)
+    groups = param_groups(model, rank=None)
+    train_steps(model, Fira(groups, lr=0.01), 3)
+    assert all(torch.equal(frozen[name], p) for name, p in model.named_parameters() if name in frozen)
+    assert not torch.allclose(before, model(tokens))
+    layer = model.blocks[0].mlp.down
+    x = torch.randn(3, 80)
+    torch.testing.assert_close(layer(x), x @ (layer.linear.weight + 32 / 4 * layer.B @ layer.A).T)
+
+
+def test_generate_goes_past_the_context():
+    model = small_model()
+    tokens = model.generate(torch.tensor([[1, 2, 3]]), 40)
+    assert tokens.shape == (1, 43) and tokens[0, :3].tolist() == [1, 2, 3] and tokens.max() < 61
+    greedy = model.generate(torch.tensor([[1, 2, 3]]), 3, top_k=1)
+    assert greedy[0, 3] == model(torch.tensor([[1, 2, 3]]))[0, -1].argmax()
+
+
+# The data
+
+UNICODE = "naïve café — 你好，世界。🙂‍↔️ e\u0301\r\n\ttabs  and   spaces \u2003\u00a0x\x1c\n\n'll 've don't 12345 <|endoftext|>\n"
+TOKENIZERS = ["bytes", pytest.param("gpt2-file", marks=pytest.mark.skipif(not SHARED.exists(), reason="no GPT-2 vocabulary beside the project"))]
+
+
+def tokenizer_argument(name):
+    return str(SHARED / "r50k_base.tiktoken") if name == "gpt2-file" else name
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty folder to run the scripts in, with a text of some 60 kB."""
+    monkeypatch.chdir(tmp_path)
+    text = "".join((ROOT / name).read_text() for name in ("fira.py", "model.py", "train.py", "prepare_data.py"))
+    Path("text.txt").write_text(text)
+    yield tmp_path
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def fails(module, *arguments, says):
+    """Run a script's main; it must stop with one line that holds `says`. Returns the line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            module.main()
+    line = str(stopped.value.code)
+    assert line.startswith("error: ") and "\n" not in line.strip() and says in line, line
+    return line
+
+
+def runs(module, *arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        module.main()
+
+
+def decoded(name, split):
+    meta, train, val = prepare_data.load(name)
+    return prepare_data.get_encoding(meta["tokenizer"]).decode_bytes((train if split == "train" else val).tolist())
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_a_text_comes_back_exactly_and_is_tokenized_as_a_whole(workplace, monkeypatch, tokenizer):
+    content = (UNICODE * 400).encode()
+    Path("uni.txt").write_bytes(content)
+    monkeypatch.setattr(prepare_data, "PIECE", 1000)  # so that there are many pieces, cut within characters
+    runs(prepare_data, "uni.txt", "--tokenizer", tokenizer_argument(tokenizer))
+    assert decoded("uni", "train") + decoded("uni", "val") == content
+    meta, train, val = prepare_data.load("uni")
+    encoding = prepare_data.get_encoding(meta["tokenizer"])
+    for split, tokens in (("train", train), ("val", val)):
+        assert tokens.tolist() == encoding.encode_ordinary(decoded("uni", split).decode())
+        assert meta[f"{split}_bytes"] == len(decoded("uni", split)) and meta[f"{split}_tokens"] == len(tokens)
+    assert 0.08 < meta["val_bytes"] / len(content) <= 0.1 and decoded("uni", "train").endswith(b"\n")
+    assert meta["dtype"] == "uint16" and meta["vocab_size"] == {"bytes": 257}.get(tokenizer, 50257)
+
+
+def test_one_long_line_is_split_between_characters(workplace):
+    Path("line.txt").write_text("你好" * 5000, encoding="utf-8")
+    runs(prepare_data, "line.txt")
+    assert (decoded("line", "train") + decoded("line", "val")).decode() == "你好" * 5000
+    decoded("line", "train").decode()
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="no Tiny Shakespeare beside the project")
+def test_tiny_shakespeare(workplace, monkeypatch):
+    monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", (SHARED / "tinyshakespeare.txt").as_uri())
+    runs(prepare_data, "shakespeare", "--tokenizer", SHARED / "r50k_base.tiktoken")
+    content = (SHARED / "tinyshakespeare.txt").read_bytes()
+    assert decoded("shakespeare", "train") + decoded("shakespeare", "val") == content and len(content) == 1_115_394
+    Path("other.txt").write_text("not that file")
+    monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", (workplace / "other.txt").as_uri())
+    Path("data/shakespeare.txt").unlink()
+    fails(prepare_data, "shakespeare", says="not the expected file")
+    assert not Path("data/shakespeare.txt").exists() and len(decoded("shakespeare", "train"))
+
+
+def test_a_folder_is_split_by_file(workplace):
+    texts = {f"doc {i}\n" * (i + 1) for i in range(40)}
+    for i, text in enumerate(texts):
+        path = Path("docs") / f"d{i % 3}" / f"{i}.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    Path("docs/other.rst").write_text("not this one")
+    runs(prepare_data, "docs", "--glob", "*.md")
+    train, val = (decoded("docs", split).decode().split("<|endoftext|>") for split in ("train", "val"))
+    assert sorted(train + val) == sorted(texts) and len(val) == 2
+    first = prepare_data.load("docs")[0]["sha256"]
+    runs(prepare_data, "docs", "--glob", "*.md")
+    assert prepare_data.load("docs")[0]["sha256"] == first  # the same order again
+
+
+def test_the_standard_library_is_the_default(workplace, monkeypatch):
+    files = prepare_data.stdlib_files()
+    assert len(files) > 400 and not any({"test", "site-packages"} & set(path.parts[-4:]) for path in files)
+    monkeypatch.setattr(prepare_data, "stdlib_files", lambda: files[:50])
+    runs(prepare_data)
+    assert prepare_data.load("stdlib")[0]["vocab_size"] == 257
+
+
+def test_a_failure_leaves_the_old_data(workplace, monkeypatch):
+    runs(prepare_data, "text.txt")
+    old = prepare_data.load("text")[0]
+    Path("text.txt").write_bytes(b"good line\n" * 1000 + b"\xff\xfe bad" + b"good line\n" * 5000)
+    fails(prepare_data, "text.txt", says="not UTF-8 text (near byte 10000)")
+    assert prepare_data.load("text")[0] == old and os.listdir("data") == ["text"]
+    # A kill between the two renames that replace a data set:
+    Path("data/text").rename("data/.text.old")
+    assert prepare_data.load("text")[0] == old and os.listdir("data") == ["text"]
+
+
+def test_bad_data_is_named_in_one_line(workplace):
+    Path("empty.txt").write_text("")
+    Path("bad.tiktoken").write_text("not base64 at all\n")
+    Path("short.tiktoken").write_text("IQ== 0\n")
+    Path("docs").mkdir()
+    for arguments, says in (
+        (["shakespear"], "did you mean shakespeare?"),
+        (["stdlb"], "did you mean stdlib?"),
+        (["nowhere/at/all.txt"], "neither a file or folder"),
+        (["empty.txt"], "empty.txt is empty"),
+        (["docs"], "at least two are needed"),
+        (["text.txt", "--tokenizer", "word"], "unknown tokenizer 'word'"),
+        (["text.txt", "--tokenizer", "missing.tiktoken"], "missing.tiktoken"),
+        (["text.txt", "--tokenizer", "bad.tiktoken"], "not in tiktoken's format"),
+        (["text.txt", "--tokenizer", "short.tiktoken"], "cut short or damaged"),
+    ):
+        fails(prepare_data, *arguments, says=says)
+    assert not Path("data").exists() or os.listdir("data") == []
+
+
+def test_without_network_the_gpt2_tokenizer_tells_the_ways(workplace, monkeypatch):
+    import tiktoken
+
+    def offline(name):
+        raise ConnectionError
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    line = fails(prepare_data, "text.txt", "--tokenizer", "gpt2", says="TIKTOKEN_CACHE_DIR")
+    assert "online" in line and "r50k_base.tiktoken" in line
+
+
+# Training
+
+SMALL = "--data text.txt --steps 40 --eval_interval 20 --block_size 32 --batch_size 4 --rank 8 --update_proj_gap 15 --device cpu".split()
+
+
+def checkpoint(optimizer="fira", out="out", model="nano"):
+    return torch.load(f"{out}/{model}-text-{optimizer}-seed0/ckpt.pt", weights_only=True)
+
+
+def same_weights(a, b):
+    return all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp", "bf16"])
+def test_a_run_learns_and_writes_what_it_says(workplace, capsys, precision):
+    runs(train_script, *SMALL, "--precision", precision)
+    printed = capsys.readouterr().out
+    for word in ("data ", "869,760 parameters", "AdamW would hold", "perplexity", "bits per byte", "sample", "wrote"):
+        assert word in printed
+    folder = Path("out/nano-text-fira-seed0")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [10, 20, 30, 40]
+    assert [entry["step"] for entry in log if "val_loss" in entry] == [20, 40]
+    assert log[-1]["val_loss"] < log[1]["val_loss"] < math.log(257) and log[0]["loss"] > log[-1]["loss"]
+    assert log[-1]["bits_per_byte"] == pytest.approx(log[-1]["val_loss"] / math.log(2), rel=1e-3)
+    assert json.loads((folder / "config.json").read_text())["rank"] == 8 and (folder / "sample.txt").read_text()
+    saved = checkpoint()
+    assert {"model", "optimizer", "step", "config"} <= saved.keys() and saved["step"] == 40
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert all(value.dtype == dtype for value in saved["model"].values())
+    state = saved["optimizer"]["state"].values()
+    assert all(s[k].dtype == torch.float32 for s in state for k in ("exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize("optimizer", train_script.METHODS)
+def test_every_method_trains_and_counts_its_state(workplace, optimizer):
+    runs(train_script, *SMALL, "--optimizer", optimizer)
+    folder = Path(f"out/nano-text-{optimizer}-seed0")
+    result = json.loads((folder / "result.json").read_text())
+    assert result["val_loss"] < 4.5
+    kept = [v for s in checkpoint(optimizer)["optimizer"]["state"].values() for v in s.values() if isinstance(v, torch.Tensor)]
+    assert sum(v.nbytes for v in kept) == result["state_bytes"]
+
+
+def test_compare_prints_one_table_and_resumes(workplace):
+    command = [sys.executable, ROOT / "train.py", *SMALL, "--optimizer", "fira", "adamw"]
+    first = subprocess.run(command, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    table = json.loads(Path("out/nano-text-compare-seed0/table.json").read_text())
+    assert [row["optimizer"] for row in table] == ["fira", "adamw"]
+    assert {"val_loss", "perplexity", "bits_per_byte", "state_bytes", "peak_bytes", "ms_per_step", "optimizer_share"} <= table[0].keys()
+    assert f"{table[1]['val_loss']:.4f}" in first.stdout.split("in optimizer\n")[-1]
+    for optimizer in ("fira", "adamw"):  # the same initial weights and batches
+        assert checkpoint(optimizer)["step"] == 40
+    again = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert again.returncode == 0 and json.loads(Path("out/nano-text-compare-seed0/table.json").read_text()) == table
+
+
+def test_initial_weights_and_batches_are_those_of_the_seed():
+    configs = [train_script.Config(optimizer=name, seed=3).resolve() for name in ("fira", "adamw", "lora")]
+    models = [train_script.build(config, 257, "cpu")[0].state_dict() for config in configs]
+    for name, weight in models[0].items():
+        assert torch.equal(weight, models[1][name])
+        assert torch.equal(weight, models[2].get(name, models[2].get(name.replace(".weight", ".linear.weight"))))
+    tokens, meta = np.arange(10_000) % 257, {"vocab_size": 257, "name": "x"}
+    a, b = (train_script.batch(tokens, config, meta, step=5) for config in configs[:2])
+    assert torch.equal(a, b) and a.shape == (1, 16, 129)
+    assert not torch.equal(a, train_script.batch(tokens, configs[0], meta, step=6))
+    assert not torch.equal(a, train_script.batch(tokens, configs[0], meta, step=5, rank=1))
+    exact = train_script.batch(np.arange(129) % 257, configs[0], meta, step=1)  # one window is the least
+    assert torch.equal(exact[0, 0], torch.arange(129))
+
+
+def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
+    config = train_script.Config(steps=100, lr=2.0).resolve()
+    rates = [train_script.learning_rate(step, config) for step in range(1, 101)]
+    assert rates[0] == 0.2 and rates[9] == 2.0 and rates[99] == pytest.approx(0.2) and max(rates) == 2.0
+    assert rates[54] == pytest.approx(1.1) and all(a > b for a, b in zip(rates[9:], rates[10:]))
+
+
+def test_gradient_accumulation_is_a_larger_batch(workplace):
+    losses = []
+    for batch_size, grad_accum in ((8, 1), (2, 4)):
+        arguments = ["--steps", "3", "--batch_size", batch_size, "--grad_accum", grad_accum, "--block_size", "32", "--eval_interval", "1"]
+        runs(train_script, "--data", "text.txt", *arguments, "--out", f"out{grad_accum}")
+        log = Path(f"out{grad_accum}/nano-text-fira-seed0/log.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in log])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def start(*arguments):
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def wait_for(condition, process):
+    until = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.01)
+
+
+def log_lines(out):
+    path = Path(out) / "nano-text-fira-seed0" / "log.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stopped_and_killed_runs_resume_bit_for_bit(workplace, precision):
+    flags = [*SMALL, "--steps", "200", "--eval_interval", "50", "--precision", precision]
+    runs(train_script, *flags, "--out", "straight")
+    process = start(*flags, "--out", "broken")
+    wait_for(lambda: log_lines("broken") >= 2, process)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate()[0]
+    assert process.returncode == 130 and "--resume" in printed.splitlines()[-1]
+    stopped_at = checkpoint(out="broken")["step"]
+    assert 20 <= stopped_at < 200
+    process = start(*flags, "--out", "broken", "--resume")
+    wait_for(lambda: checkpoint(out="broken")["step"] >= 100 and log_lines("broken") >= 12, process)
+    process.kill()
+    process.communicate()
+    assert 100 <= checkpoint(out="broken")["step"] < 200
+    with open("broken/nano-text-fira-seed0/log.jsonl", "a") as file:
+        file.write('{"step": 19')  # half a line, as a kill can leave
+    runs(train_script, *flags, "--out", "broken", "--resume")
+    straight, broken = checkpoint(out="straight"), checkpoint(out="broken")
+    assert broken["step"] == 200 and same_weights(straight, broken)
+    for a, b in zip(straight["optimizer"]["state"].values(), broken["optimizer"]["state"].values()):
+        assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
+    losses = [
+        {entry["step"]: entry["val_loss"] for entry in map(json.loads, path.read_text().splitlines()) if "val_loss" in entry}
+        for path in (Path("straight/nano-text-fira-seed0/log.jsonl"), Path("broken/nano-text-fira-seed0/log.jsonl"))
+    ]
+    assert losses[0] == losses[1] and sorted(losses[0]) == [50, 100, 150, 200]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.pt"
+    train_script.write(path, {"step": 1})
+
+    def half(content, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError):
+        train_script.write(path, {"step": 2})
+    assert torch.load(path, weights_only=True) == {"step": 1}
+
+
+def test_a_second_run_keeps_the_first(workplace):
+    runs(train_script, *SMALL)
+    first = checkpoint()
+    runs(train_script, *SMALL, "--lr", "0.001")
+    assert not same_weights(first, checkpoint())
+    kept = torch.load("out/nano-text-fira-seed0-previous/ckpt.pt", weights_only=True)
+    assert same_weights(first, kept)
+
+
+def test_sampling_from_a_checkpoint(workplace, capsys):
+    runs(train_script, *SMALL)
+    capsys.readouterr()
+    runs(train_script, *SMALL, "--sample", "def main(")
+    once = capsys.readouterr().out
+    runs(train_script, *SMALL, "--sample", "def main(")
+    assert once.startswith("def main(") and len(once) > 200 and capsys.readouterr().out == once
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(workplace, monkeypatch):
+    runs(train_script, *SMALL)
+    plain = Transformer.forward
+    calls = []
+
+    def sick(self, tokens, targets=None):
+        loss = plain(self, tokens, targets)
+        if torch.is_grad_enabled():
+            calls.append(1)
+            return loss * math.nan if len(calls) == 27 else loss
+        return loss
+
+    monkeypatch.setattr(Transformer, "forward", sick)
+    assert "step 27" in fails(train_script, *SMALL, "--optimizer", "adamw", says="the loss is nan")
+    assert checkpoint("adamw")["step"] == 20 and all(torch.isfinite(v).all() for v in checkpoint("adamw")["model"].values())
+    calls.clear()
+    monkeypatch.setattr(train_script, "METHODS", train_script.METHODS | {"fira": (1e-2, {})})
+    line = fails(train_script, *SMALL, "--update_proj_gap", "13", says="step 27")  # the 27th chooses a subspace
+    assert "loss is nan" in line and checkpoint()["step"] == 20
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--model", "60n"], "did you mean 60m?"),
+        (["--optimizer", "adam"], "did you mean adamw?"),
+        (["--optimizer", "fira", "glore"], "did you mean galore?"),
+        (["--data", "shakespear"], "did you mean shakespeare?"),
+        (["--device", "cuda:77"], "'cuda:77' is not there"),
+        (["--device", "gpu"], "'gpu' is not there"),
+        (["--rank", "0"], "--rank 0 must be at least 1"),
+        (["--lr", "-1"], "--lr -1.0 must be at least 0"),
+        (["--lr", "nan"], "--lr nan must be at least 0"),
+        (["--alpha", "-1"], "alpha=-1.0"),
+        (["--gamma", "0.9"], "--gamma 0.9 must be at least 1"),
+        (["--steps", "0"], "--steps 0"),
+        (["--precision", "fp8"], "unknown precision 'fp8'"),
+        (["--block_size", "99999"], "one window needs 100000"),
+        (["--resume"], "nothing to go on from"),
+        (["--sample", "x"], "nothing to go on from"),
+    ],
+    ids=" ".join,
+)
+def test_bad_flags_are_named_in_one_line(workplace, arguments, says):
+    data = [] if "--data" in arguments else ["--data", "text.txt"]
+    fails(train_script, *data, *arguments, says=says)
+    assert not Path("out").exists()
+
+
+def test_wrong_types_and_unknown_flags_are_one_line(workplace, capsys):
+    for arguments in (["--steps", "many"], ["--stepps", "3"]):
+        with pytest.raises(SystemExit) as stopped:
+            train_script.parse(arguments)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_help_lists_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        train_script.parse(["--help"])
+    text = capsys.readouterr().out
+    flags = """--optimizer --model --data --steps --batch_size --grad_accum --block_size --lr --warmup --rank --update_proj_gap --alpha
+        --alpha_mode --gamma --weight_decay --grad_clip --seed --device --precision --compile --eval_interval --out --resume --sample"""
+    assert all(f"{flag} " in text for flag in flags.split())
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(workplace):
+    runs(train_script, *SMALL)
+    folder = Path("out/nano-text-fira-seed0")
+    good = (folder / "ckpt.pt").read_bytes()
+    fails(train_script, *SMALL, "--resume", "--rank", "16", says="was trained with --rank 8, not 16")
+    other = folder.with_name("9m-text-fira-seed0")
+    other.mkdir()
+    (other / "ckpt.pt").write_bytes(good)
+    fails(train_script, *SMALL, "--resume", "--model", "9m", says="--model nano, not 9m")
+    for damaged in (good[: len(good) // 2], b"", b"not a checkpoint"):
+        (folder / "ckpt.pt").write_bytes(damaged)
+        fails(train_script, *SMALL, "--resume", says="damaged or not a checkpoint")
+        fails(train_script, *SMALL, "--sample", "x", says="damaged or not a checkpoint")
+    (folder / "ckpt.pt").write_bytes(good)
+    meta = json.loads(Path("data/text/meta.json").read_text())
+    Path("data/text/meta.json").write_text(json.dumps(meta | {"tokenizer": "gpt2"}))
+    fails(train_script, *SMALL, "--resume", says="another tokenizer")
+    Path("data/text/meta.json").write_text(json.dumps(meta | {"sha256": "0"}))
+    fails(train_script, *SMALL, "--resume", says="another text")
+    Path("data/text/meta.json").write_text(json.dumps(meta))
+    assert (folder / "ckpt.pt").read_bytes() == good
+    runs(train_script, *SMALL, "--resume")
+
+
+def test_damaged_data_is_refused(workplace):
+    runs(prepare_data, "text.txt")
+    good = Path("data/text/train.bin").read_bytes()
+    Path("data/text/train.bin").write_bytes(good[:-10])
+    fails(train_script, *SMALL, says="run prepare_data.py again")
+    Path("data/text/train.bin").write_bytes(b"\xff" * len(good))
+    fails(train_script, *SMALL, says="holds the token 65535")
+    Path("data/text/train.bin").write_bytes(good)
+    Path("data/text/meta.json").write_text("{")
+    fails(train_script, *SMALL, says="incomplete or damaged")
+    Path("data/text/val.bin").unlink()
+    fails(train_script, *SMALL, says="incomplete or damaged")
+
+
+def test_another_file_with_the_same_name_is_not_mixed_up(workplace):
+    runs(train_script, *SMALL)
+    Path("sub").mkdir()
+    Path("sub/text.txt").write_text("quite another text\n" * 1000)
+    fails(train_script, "--data", "sub/text.txt", says="prepared from another place")
