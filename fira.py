@@ -75,7 +75,7 @@ def fira_update(
     V.mul_(beta2).addcmul_(R, R, value=1 - beta2)
     N = M / V.sqrt().add_(eps)  # (r, n)
     if a_S:
-        # 3. Norm-based scaling (Section 4.2): how much did Adam scale each column?
+        # 3. Norm-based scaling: how much did Adam scale each column?
         R_sq = column_norms_squared(R)  # (n,)
         if scaling == "column":
             phi = column_norms_squared(N).sqrt() / (R_sq.sqrt() + 1e-8)  # (n,)
@@ -83,7 +83,7 @@ def fira_update(
             phi = (N.norm() / (R.norm() + 1e-8)).expand_as(R_sq)
         else:
             phi = torch.ones_like(R_sq)
-        # 4. Norm-growth limiter (Section 4.3). S = φ∘(G − k P R) is never formed: P is orthonormal, so
+        # 4. Norm-growth limiter. S = φ∘(G − k P R) is never formed: P is orthonormal, so
         #    ‖G_i − k P R_i‖² = ‖G_i‖² − (2k − k²) ‖R_i‖².
         if gamma is not None:
             k = a_R / a_S

@@ -138,7 +138,7 @@ class Transformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (B, T, vocab) of the tokens (B, T); with targets (B, T), their mean cross-entropy in nats instead."""
+        """Logits (B, T, vocab) of the tokens (B, T); given targets (B, T), their mean cross-entropy in nats."""
         T = tokens.shape[1]
         x = self.embedding(tokens)  # (B, T, C)
         rope = None
@@ -165,7 +165,10 @@ class Transformer(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus a trained product of rank r: W₀ x + (α/r) B A x (https://arxiv.org/abs/2106.09685)."""
+    """A frozen linear layer plus a trained product of rank r: W₀ x + (α/r) B A x.
+
+    https://arxiv.org/abs/2106.09685; α = 32 is GaLore's setting of this baseline.
+    """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
         super().__init__()
@@ -180,7 +183,7 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model: Transformer, rank: int, alpha: float = 32.0) -> None:
-    """Put LoRA on every linear layer of the blocks, in place: the paper's baseline, α = 32 as in GaLore's Appendix.
+    """Put LoRA on every linear layer of the blocks, in place: the paper's baseline.
 
     The layers' own weights are frozen; embeddings, head and norms stay trained.
     """

@@ -58,23 +58,26 @@ def get_encoding(tokenizer: str) -> tiktoken.Encoding:
             return tiktoken.get_encoding("r50k_base")  # GPT-2's, under the name of its single file
         except Exception as error:
             raise InputError(
-                f"GPT-2's tokenizer is neither in tiktoken's cache nor downloadable ({type(error).__name__}): go online "
-                "once, or set TIKTOKEN_CACHE_DIR to a cache that has it, or pass a file: --tokenizer r50k_base.tiktoken"
+                f"GPT-2's tokenizer is neither in tiktoken's cache nor downloadable ({type(error).__name__}): go "
+                "online once, or set TIKTOKEN_CACHE_DIR to a cache that has it, or pass a file: --tokenizer "
+                "r50k_base.tiktoken"
             ) from None
     elif tokenizer.endswith(".tiktoken"):
         try:
             lines = Path(tokenizer).read_bytes().splitlines()
-            ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
+            pairs = [line.split() for line in lines if line]
+            ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
         except OSError as error:
             raise InputError(f"cannot read the tokenizer {tokenizer}: {error.strerror}") from None
         except ValueError:
-            raise InputError(f"{tokenizer} is not in tiktoken's format: each line is a base64 token and its rank") from None
-        if sorted(ranks.values()) != list(range(len(lines))) or not all(bytes([i]) in ranks for i in range(256)):
+            raise InputError(f"{tokenizer} is not in tiktoken's format, lines of a base64 token and its rank") from None
+        if sorted(ranks.values()) != list(range(len(pairs))) or not all(bytes([i]) in ranks for i in range(256)):
             raise InputError(f"{tokenizer} is cut short or damaged: its ranks have gaps, or a single byte has none")
         pattern = r50k_pat_str  # the file has no pattern; GPT-2's is assumed
     else:
         raise InputError(f"unknown tokenizer {tokenizer!r}: use bytes, gpt2, or a file that ends in .tiktoken")
-    return tiktoken.Encoding(tokenizer, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+    special = {END_OF_TEXT: len(ranks)}
+    return tiktoken.Encoding(tokenizer, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 # Sources
@@ -109,7 +112,7 @@ def split_files(files: list[Path], root: Path) -> tuple[list[Document], list[Doc
     """Shuffled with a fixed seed; 5 % of the files, at least one, are for validation."""
     files = sorted((path for path in files if path.stat().st_size), key=lambda path: path.relative_to(root).as_posix())
     if len(files) < 2:
-        raise InputError(f"{root} has {len(files)} matching files that are not empty; at least two are needed (--glob?)")
+        raise InputError(f"{root} has {len(files)} matching files that are not empty; two are needed (--glob?)")
     random.Random(0).shuffle(files)
     n_val = max(1, len(files) // 20)
     return [whole(path) for path in files[n_val:]], [whole(path) for path in files[:n_val]]
@@ -155,8 +158,8 @@ def download(url: str, path: Path, sha256: str) -> None:
 def find_source(source: str, glob: str) -> tuple[str, str, list[Document], list[Document]]:
     """(name, description, training documents, validation documents) of a NAME or PATH."""
     if source == "stdlib":
-        version = ".".join(map(str, sys.version_info[:3]))
-        return source, f"standard library of Python {version}", *split_files(stdlib_files(), Path(sysconfig.get_path("stdlib")))
+        description = "standard library of Python " + ".".join(map(str, sys.version_info[:3]))
+        return source, description, *split_files(stdlib_files(), Path(sysconfig.get_path("stdlib")))
     if source == "shakespeare":
         path = DATA / "shakespeare.txt"
         download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
@@ -272,7 +275,8 @@ def prepare(source: str, tokenizer: str = "bytes", glob: str = "*.txt") -> str:
         total = sum(document.end - document.start for split in splits for document in split)
         with tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenizing {name}") as bar:
             for split, documents in zip(("train", "val"), splits):
-                meta[f"{split}_tokens"] = write_tokens(new / f"{split}.bin", tokenize(documents, encoding, bar), dtype, sha256)
+                arrays = tokenize(documents, encoding, bar)
+                meta[f"{split}_tokens"] = write_tokens(new / f"{split}.bin", arrays, dtype, sha256)
                 meta[f"{split}_bytes"] = sum(document.end - document.start for document in documents)
         meta["bytes_per_token"] = total / (meta["train_tokens"] + meta["val_tokens"])
         meta["sha256"] = sha256.hexdigest()  # of train.bin followed by val.bin
@@ -287,7 +291,7 @@ def prepare(source: str, tokenizer: str = "bytes", glob: str = "*.txt") -> str:
 
 
 def ensure(source: str) -> str:
-    """The name of the data set for a NAME or PATH, prepared now, with bytes for tokens, if it is not there. Raises InputError."""
+    """The name of the data set for a NAME or PATH; if it is not there, it is made, with bytes as tokens."""
     path = Path(source)
     is_path = path.exists() and source not in NAMES and not (DATA / source / "meta.json").exists()
     name = path.resolve().stem if is_path else source
@@ -295,7 +299,7 @@ def ensure(source: str) -> str:
     if not (DATA / name / "meta.json").exists():
         return prepare(source)
     if is_path and load(name)[0]["source"] != str(path.resolve()):
-        raise InputError(f"data/{name} was prepared from another place than {path.resolve()}; run prepare_data.py {source} to replace it")
+        raise InputError(f"data/{name} was prepared from another place; to replace it, run prepare_data.py {source}")
     return name
 
 
@@ -327,7 +331,8 @@ def load(name: str) -> tuple[dict, np.ndarray, np.ndarray]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", nargs="?", default="stdlib", metavar="NAME|PATH", help=f"{', '.join(NAMES)}, a text file or a folder")
+    help = f"{', '.join(NAMES)}, a text file or a folder"
+    parser.add_argument("source", nargs="?", default="stdlib", metavar="NAME|PATH", help=help)
     parser.add_argument("--tokenizer", default="bytes", help="bytes (default), gpt2, or a .tiktoken file")
     parser.add_argument("--glob", default="*.txt", help='which files of a folder (default "*.txt")')
     args = parser.parse_args()

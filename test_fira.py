@@ -685,7 +685,7 @@ def test_bad_data_is_named_in_one_line(workplace):
         (["stdlb"], "did you mean stdlib?"),
         (["nowhere/at/all.txt"], "neither a file or folder"),
         (["empty.txt"], "empty.txt is empty"),
-        (["docs"], "at least two are needed"),
+        (["docs"], "two are needed"),
         (["text.txt", "--tokenizer", "word"], "unknown tokenizer 'word'"),
         (["text.txt", "--tokenizer", "missing.tiktoken"], "missing.tiktoken"),
         (["text.txt", "--tokenizer", "bad.tiktoken"], "not in tiktoken's format"),

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import fira
 import prepare_data
 from fira import Fira, param_groups, state_bytes
 from model import PRESETS, ModelConfig, Transformer, add_lora
@@ -50,7 +51,8 @@ METHODS = {
 # batch of 131k tokens; nanoGPT's batch for gpt2; and what two CPU cores do in a few minutes for nano.
 PAPER = {"block_size": 256, "batch_size": 32, "grad_accum": 16, "update_proj_gap": 200, "alpha": 0.25}
 TRAINING = {
-    "nano": {"steps": 1500, "block_size": 128, "batch_size": 16, "grad_accum": 1, "rank": 32, "update_proj_gap": 100, "alpha": 0.25},
+    "nano": PAPER
+    | {"steps": 1500, "rank": 32, "block_size": 128, "batch_size": 16, "grad_accum": 1, "update_proj_gap": 100},
     "9m": PAPER | {"steps": 10_000, "rank": 32},
     "20m": PAPER | {"steps": 10_000, "rank": 64},
     "35m": PAPER | {"steps": 10_000, "rank": 96},
@@ -61,6 +63,7 @@ TRAINING = {
     "7b": PAPER | {"steps": 150_000, "rank": 1024, "alpha": 0.0625},
     "gpt2": PAPER | {"steps": 100_000, "rank": 256, "block_size": 1024, "batch_size": 12, "grad_accum": 40},
 }
+ALPHA_MODES = fira.CHOICES["alpha_mode"]
 LOG_INTERVAL = 10  # steps
 EVAL_TOKENS = 2**17  # of the validation split, the same at every evaluation
 SAMPLE_TOKENS = 400
@@ -86,16 +89,13 @@ class Config:
     rank: int | None = flag(None, "rank of the projection, or of LoRA", min=1)
     update_proj_gap: int | None = flag(None, "T, steps between subspace changes", min=1)
     alpha: float | None = flag(None, "α, GaLore's factor")
-    alpha_mode: str = flag("unscaled", "what α multiplies: unscaled, paper or released", choices=("unscaled", "paper", "released"))
+    alpha_mode: str = flag("unscaled", "what α multiplies: unscaled, paper or released", choices=ALPHA_MODES)
     gamma: float = flag(1.01, "γ of the norm-growth limiter, inf for none", min=1)
     weight_decay: float = flag(0.0, "decoupled weight decay", min=0)
     grad_clip: float = flag(0.0, "largest norm of the gradient, 0 for no clipping", min=0)
     seed: int = flag(0, "seed of the weights and the batches", min=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    precision: str | None = flag(
-        None, "fp32, amp (float32 weights, 16-bit arithmetic) or bf16 (the weights, too); default amp on CUDA, else fp32",
-        choices=("fp32", "amp", "bf16"),
-    )  # fmt: skip
+    precision: str | None = flag(None, "fp32, amp or bf16 (amp on CUDA, else fp32)", choices=("fp32", "amp", "bf16"))
     compile: bool = flag(False, "compile the model")
     eval_interval: int = flag(250, "steps between evaluations, each with a checkpoint", min=1)
     out: str = flag("out", "folder for the runs")
@@ -138,10 +138,8 @@ def batch(tokens: np.ndarray, config: Config, meta: dict, step: int, rank: int =
 def windows(tokens: np.ndarray, starts: np.ndarray, config: Config, meta: dict) -> torch.Tensor:
     found = tokens[starts[..., None] + np.arange(config.block_size + 1)]
     if found.max() >= meta["vocab_size"]:
-        raise InputError(
-            f"data/{meta['name']} holds the token {found.max()}, but its vocabulary ends at {meta['vocab_size'] - 1}; "
-            "run prepare_data.py again"
-        )
+        where, last = f"data/{meta['name']}", meta["vocab_size"] - 1
+        raise InputError(f"{where} holds the token {found.max()}, but the last one is {last}: run prepare_data.py again")
     return torch.from_numpy(found.astype(np.int64))
 
 
@@ -250,6 +248,13 @@ def figures(val_loss: float, meta: dict) -> dict:
     }
 
 
+def in_words(figures: dict) -> str:
+    return (
+        f"validation loss {figures['val_loss']:.4f}, perplexity {figures['perplexity']:.2f}, "
+        f"{figures['bits_per_byte']:.4f} bits per byte"
+    )
+
+
 def peak_bytes(device) -> int | None:
     """Peak memory: allocated on a CUDA device, else of the whole process."""
     if device.type == "cuda":
@@ -268,189 +273,187 @@ def mega(n: float | None) -> str:
 # The run
 
 
-def train(config: Config, given: dict, resume: bool, prompt: str) -> None:
-    checkpoint = None
-    if resume:
-        checkpoint = load_checkpoint(config.folder)
+def mark(device):
+    """A point in time in the device's own stream of work, for `seconds_between`."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(a, b) -> float:
+    return b - a if isinstance(a, float) else a.elapsed_time(b) / 1000
+
+
+def train(config: Config, given: dict, resume: bool) -> None:
+    """One run with one optimizer; `given` are the flags that the user gave. Raises InputError."""
+    checkpoint = load_checkpoint(config.folder) if resume else None
+    if checkpoint:
         saved = checkpoint["config"]
         for name in given.keys() - CHANGEABLE:
             if getattr(config, name) != saved[name]:
                 raise InputError(f"{config.folder} was trained with --{name} {saved[name]}, not {getattr(config, name)}")
-        config = Config(**{**saved, **{name: getattr(config, name) for name in given}, "out": config.out}).resolve()
+        config = Config(**saved | {name: getattr(config, name) for name in (*given, "out")}).resolve()
     device = pick_device(config.device)
     config.precision = config.precision or ("amp" if device.type == "cuda" else "fp32")
     meta, train_tokens, val_tokens = prepare_data.load(config.data)
     for split, tokens in (("train", train_tokens), ("val", val_tokens)):
         if len(tokens) <= config.block_size:
             raise InputError(
-                f"data/{config.data}/{split}.bin has {len(tokens)} tokens, and one window needs {config.block_size + 1}: "
-                "use a longer text or a smaller --block_size"
+                f"data/{config.data}/{split}.bin has {len(tokens)} tokens, and one window needs "
+                f"{config.block_size + 1}: use a longer text or a smaller --block_size"
             )
     if checkpoint and checkpoint["data"] != meta:
         what = "tokenizer" if checkpoint["data"]["tokenizer"] != meta["tokenizer"] else "text"
-        raise InputError(f"data/{config.data} was prepared with another {what} than this checkpoint's; prepare that one again")
+        raise InputError(f"data/{config.data} now has another {what} than the checkpoint's; prepare that one again")
 
     model, optimizer, adamw_bytes = build(config, meta["vocab_size"], device)
-    fp16 = config.precision == "amp" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+    bf16_there = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp" and not bf16_there)
     autocast = nullcontext()
     if config.precision == "amp":
-        autocast = torch.autocast(device.type, torch.float16 if fp16 else torch.bfloat16)
+        autocast = torch.autocast(device.type, torch.bfloat16 if bf16_there else torch.float16)
     start, log = 0, []
     if checkpoint:
         try:
             model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
-            scaler.load_state_dict(checkpoint["scaler"]) if fp16 else None
+            scaler.load_state_dict(checkpoint["scaler"])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise InputError(f"{config.folder / 'ckpt.pt'} does not fit this model ({str(error).splitlines()[0]})") from None
-        start, log = checkpoint["step"], read_log(config.folder, checkpoint["step"])
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{config.folder / 'ckpt.pt'} does not fit this model ({reason})") from None
+        start = checkpoint["step"]
+        log = read_log(config.folder, start)
         del checkpoint
 
+    folder, state = config.folder, state_bytes(optimizer.param_groups)
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     n_parameters = sum(p.numel() for p in model.parameters())
-    print(f"data       {config.data}: {meta['source']}, {meta['train_tokens']:,} training tokens, vocabulary {meta['vocab_size']:,}")
+    n_tokens, vocab_size = len(train_tokens), meta["vocab_size"]
+    print(f"data       {config.data}: {meta['source']}, {n_tokens:,} tokens, vocabulary {vocab_size:,}")
     print(f"model      {config.model}: {n_parameters:,} parameters, context {config.block_size}")
-    print(f"device     {device.type}, {config.precision}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""))
-    print(
-        f"optimizer  {config.optimizer}, lr {config.lr:g}: {mega(state_bytes(optimizer.param_groups))} of state; "
-        f"AdamW would hold {mega(adamw_bytes)}"
-    )
-    folder = config.folder
+    print(f"device     {device}, {config.precision}{threads}")
+    print(f"optimizer  {config.optimizer}, lr {config.lr:g}, {mega(state)} of state; AdamW would hold {mega(adamw_bytes)}")
     if start:
         print(f"resuming   {folder} after step {start}")
     elif (folder / "ckpt.pt").exists():
         previous = folder.with_name(folder.name + "-previous")
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
-        print(f"previous   run with this name: kept as {previous}")
+        print(f"keeping    the previous run of this name as {previous}")
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
     write(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
 
-    stop_signal = []
+    stop = []  # signals; the loop ends after the step at hand
 
     def on_signal(number, frame):
-        if stop_signal:
-            raise KeyboardInterrupt
-        stop_signal.append(number)
+        if stop:
+            raise KeyboardInterrupt  # the second time, at once
+        stop.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
 
     forward = torch.compile(model) if config.compile else model
-    cuda = device.type == "cuda"
     seconds = optimizer_seconds = measured_steps = 0
-    interval_losses, optimizer_times = [], []  # since the last log line; tensors and CUDA events, to be read then
+    losses, optimizer_spans = [], []  # of the steps since the last log line; on the device until then
     clock = time.perf_counter()
-    bar = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True)
-    for step in range(start + 1, config.steps + 1):
-        lr = learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        step_loss = 0.0
-        step_windows = batch(train_tokens, config, meta, step)
-        if cuda:
-            step_windows = step_windows.pin_memory()
-        for w in step_windows.to(device, non_blocking=True):  # (batch_size, block_size + 1)
-            with autocast:
-                loss = forward(w[:, :-1], w[:, 1:]) / config.grad_accum
-            scaler.scale(loss).backward()
-            step_loss = step_loss + loss.detach()
-        interval_losses.append(step_loss)
-        optimizer_start = torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter()
-        optimizer_start.record() if cuda else None
-        if config.grad_clip:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        failure = None
-        try:
-            scaler.step(optimizer)
-        except FloatingPointError as error:
-            failure = error
-        scaler.update()
-        optimizer.zero_grad()
-        optimizer_end = torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter()
-        optimizer_end.record() if cuda else None
-        optimizer_times.append((optimizer_start, optimizer_end))
+    with tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True) as bar:
+        for step in range(start + 1, config.steps + 1):
+            lr = learning_rate(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            step_windows = batch(train_tokens, config, meta, step)
+            if device.type == "cuda":
+                step_windows = step_windows.pin_memory()
+            loss = 0.0
+            for w in step_windows.to(device, non_blocking=True):  # (batch_size, block_size + 1)
+                with autocast:
+                    part = forward(w[:, :-1], w[:, 1:]) / config.grad_accum
+                scaler.scale(part).backward()
+                loss += part.detach()
+            losses.append(loss)
+            optimizer_start = mark(device)
+            if config.grad_clip:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            problem = None
+            try:
+                scaler.step(optimizer)
+            except FloatingPointError as error:
+                problem = f"at step {step}, {error}"
+            scaler.update()
+            optimizer.zero_grad()
+            optimizer_spans.append((optimizer_start, mark(device)))
 
-        evaluation = step % config.eval_interval == 0 or step == config.steps
-        if not (evaluation or failure or stop_signal or step % LOG_INTERVAL == 0):
-            continue
-        # Only here does the host wait for the device.
-        if cuda:
-            torch.cuda.synchronize()
-        losses = torch.stack(interval_losses).tolist()
-        elapsed = time.perf_counter() - clock
-        bar.update(len(losses))
-        for i, value in enumerate(losses):
-            if not math.isfinite(value):
-                bar.close()
-                raise InputError(
-                    f"the loss is {value} at step {step - len(losses) + 1 + i}: try a lower --lr; the last good checkpoint, "
-                    f"if any, is {folder / 'ckpt.pt'}"
+            evaluation = step % config.eval_interval == 0 or step == config.steps
+            if not (evaluation or problem or stop or step % LOG_INTERVAL == 0):
+                continue
+            # Only here does the host wait for the device.
+            losses = torch.stack(losses).tolist()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            elapsed = time.perf_counter() - clock
+            for i, value in enumerate(losses, step - len(losses) + 1):
+                if not math.isfinite(value):
+                    problem = f"the loss is {value} at step {i}"
+                    break
+            if problem:
+                raise InputError(f"{problem}; the last good checkpoint, if there is one, stays. Try a lower --lr")
+            if step > start + LOG_INTERVAL or config.steps - start <= LOG_INTERVAL:  # else warm-up
+                seconds += elapsed
+                optimizer_seconds += sum(seconds_between(*span) for span in optimizer_spans)
+                measured_steps += len(losses)
+            speed = config.batch_size * config.grad_accum * config.block_size * len(losses) / elapsed
+            entry = {"step": step, "loss": sum(losses) / len(losses), "lr": lr, "tokens_per_second": round(speed)}
+            bar.update(len(losses))
+            bar.set_postfix_str(f"loss {entry['loss']:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s")
+            if evaluation:
+                entry |= figures(evaluate(forward, val_tokens, config, meta, device, autocast), meta)
+                bar.write(f"step {step}: {in_words(entry)}")
+            with open(folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(entry) + "\n")
+            if evaluation or stop:
+                write(
+                    folder / "ckpt.pt",
+                    {
+                        "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "scaler": scaler.state_dict(),
+                        "step": step,
+                        "config": asdict(config),
+                        "data": meta,
+                    },
                 )
-        if failure:
-            bar.close()
-            raise InputError(f"at step {step}, {failure}: try a lower --lr")
-        if step > start + LOG_INTERVAL:  # the first lines' steps are warm-up, for the clock too
-            seconds += elapsed
-            optimizer_seconds += sum(a.elapsed_time(b) / 1000 if cuda else b - a for a, b in optimizer_times)
-            measured_steps += len(losses)
-        tokens_per_second = config.batch_size * config.grad_accum * config.block_size * len(losses) / elapsed
-        entry = {"step": step, "loss": sum(losses) / len(losses), "lr": lr, "tokens_per_second": round(tokens_per_second)}
-        bar.set_postfix_str(f"loss {entry['loss']:.3f}, lr {lr:.1e}, {tokens_per_second:,.0f} tokens/s")
-        if evaluation:
-            entry |= figures(evaluate(forward, val_tokens, config, meta, device, autocast), meta)
-            bar.write(
-                f"step {step}: validation loss {entry['val_loss']:.4f}, perplexity {entry['perplexity']:.2f}, "
-                f"{entry['bits_per_byte']:.4f} bits per byte"
-            )
-        with open(folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(entry) + "\n")
-        if evaluation or stop_signal:
-            write(
-                folder / "ckpt.pt",
-                {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "step": step,
-                    "config": asdict(config),
-                    "data": meta,
-                },
-            )
-        if stop_signal and step < config.steps:
-            bar.close()
-            print(f"stopped after step {step} and saved; go on with: {resume_command()}")
-            sys.exit(128 + stop_signal[0])
-        interval_losses, optimizer_times = [], []
-        clock = time.perf_counter()
-    bar.close()
+            if stop and step < config.steps:
+                bar.close()
+                print(f"stopped after step {step} and saved; go on with: {resume_command()}")
+                sys.exit(128 + stop[0])
+            losses, optimizer_spans = [], []
+            clock = time.perf_counter()
 
     if measured_steps or not (folder / "result.json").exists():
         last = read_log(folder, config.steps)[-1]
         result = {"optimizer": config.optimizer, "lr": config.lr, "seed": config.seed, "steps": last["step"]}
-        result |= {key: last[key] for key in figures(0.0, meta)}
+        result |= {name: last[name] for name in ("val_loss", "perplexity", "bits_per_byte")}
         result |= {
-            "state_bytes": state_bytes(optimizer.param_groups),
+            "state_bytes": state,
             "peak_bytes": peak_bytes(device),
             "ms_per_step": 1000 * seconds / measured_steps if measured_steps else None,
-            "optimizer_share": optimizer_seconds / seconds if seconds else None,
+            "optimizer_share": optimizer_seconds / seconds if measured_steps else None,
         }
         write(folder / "result.json", json.dumps(result, indent=2) + "\n")
     result = json.loads((folder / "result.json").read_text())
-    print(
-        f"\ndone       {config.steps} steps: validation loss {result['val_loss']:.4f}, perplexity {result['perplexity']:.2f}, "
-        f"{result['bits_per_byte']:.4f} bits per byte"
-    )
+    print(f"\ndone       {result['steps']} steps: {in_words(result)}")
     if result["ms_per_step"]:
-        print(
-            f"           {result['ms_per_step']:.1f} ms a step, {result['optimizer_share']:.1%} of it in the optimizer; "
-            f"peak memory {mega(result['peak_bytes'])}"
-        )
-    text = sample(model, meta["tokenizer"], prompt, config.seed)
+        ms, share, peak = result["ms_per_step"], result["optimizer_share"], mega(result["peak_bytes"])
+        print(f"           {ms:.1f} ms a step, {share:.1%} of it in the optimizer; peak memory {peak}")
+    text = sample(model, meta["tokenizer"], "", config.seed)
     write(folder / "sample.txt", text)
-    print(f"\nsample     {'-' * 60}\n{text}\n{'-' * 71}\nwrote      {folder}/: config.json, log.jsonl, ckpt.pt, result.json, sample.txt")
+    print(f"\nsample     {'-' * 60}\n{text}\n{'-' * 71}")
+    print(f"wrote      {folder}/: config.json, log.jsonl, ckpt.pt, result.json, sample.txt")
 
 
 def sample(model: Transformer, tokenizer: str, prompt: str, seed: int) -> str:
@@ -463,15 +466,13 @@ def sample(model: Transformer, tokenizer: str, prompt: str, seed: int) -> str:
     return encoding.decode(written[0 if prompt else 1 :])
 
 
-def sample_checkpoint(config: Config, prompt: str) -> None:
-    """Print what the last checkpoint of a run writes after a prompt."""
+def sample_checkpoint(config: Config, prompt: str) -> str:
+    """What a run's last checkpoint writes after a prompt. Raises InputError."""
     checkpoint = load_checkpoint(config.folder)
-    saved = Config(**checkpoint["config"])
-    saved.device = config.device
-    device = pick_device(saved.device)
-    model, _, _ = build(saved, checkpoint["data"]["vocab_size"], device)
+    device = pick_device(config.device)
+    model = build(Config(**checkpoint["config"]), checkpoint["data"]["vocab_size"], device)[0]
     model.load_state_dict(checkpoint["model"])
-    print(sample(model, checkpoint["data"]["tokenizer"], prompt, saved.seed))
+    return sample(model, checkpoint["data"]["tokenizer"], prompt, config.seed)
 
 
 # Comparing optimizers
@@ -496,12 +497,12 @@ def compare(config: Config, optimizers: list[str], given: dict, resume: bool) ->
         curves[name] = [entry for entry in read_log(config.folder, rows[-1]["steps"]) if "val_loss" in entry]
     if not rows:
         sys.exit("error: every optimizer failed")
-    print(f"\n{'optimizer':18} {'lr':>7} {'val loss':>9} {'perplexity':>10} {'bits/byte':>9} {'state':>10} {'peak':>11} {'ms/step':>8} {'in optimizer':>12}")
+    print("\noptimizer               lr  val loss  perplexity  bits/byte     state      peak  ms/step  in optimizer")
     for row in rows:
-        ms, share = row["ms_per_step"] or math.nan, row["optimizer_share"] or math.nan
         print(
-            f"{row['optimizer']:18} {row['lr']:7.0e} {row['val_loss']:9.4f} {row['perplexity']:10.3f} {row['bits_per_byte']:9.4f} "
-            f"{mega(row['state_bytes']):>10} {mega(row['peak_bytes']):>11} {ms:8.1f} {share:12.1%}"
+            f"{row['optimizer']:18} {row['lr']:7.0e} {row['val_loss']:9.4f} {row['perplexity']:11.3f} "
+            f"{row['bits_per_byte']:10.4f} {mega(row['state_bytes']):>9} {mega(row['peak_bytes']):>9} "
+            f"{row['ms_per_step'] or math.nan:8.1f} {row['optimizer_share'] or math.nan:13.1%}"
         )
     folder = Path(config.out) / f"{config.model}-{config.data}-compare-seed{config.seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -517,8 +518,9 @@ def compare(config: Config, optimizers: list[str], given: dict, resume: bool) ->
     else:
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
         for name, entries in curves.items():
-            axes.plot([entry["step"] for entry in entries], [entry["val_loss"] for entry in entries], marker=".", label=name)
-        axes.set(xlabel="step", ylabel="validation loss (nats a token)", title=f"{config.model} on {config.data}, seed {config.seed}")
+            axes.plot(*zip(*((entry["step"], entry["val_loss"]) for entry in entries)), marker=".", label=name)
+        title = f"{config.model} on {config.data}, seed {config.seed}"
+        axes.set(xlabel="step", ylabel="validation loss (nats a token)", title=title)
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(folder / "curves.png", dpi=150)
@@ -543,19 +545,21 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The flags that were given, and only those."""
     parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     for f in fields(Config):
         if f.type is bool:
             parser.add_argument(f"--{f.name}", action="store_true", help=f.metadata["help"])
             continue
         kind = next(t for t in (int, float, str) if t.__name__ in str(f.type))
-        default = "" if f.default is None else f" (default {f.default})"
-        parser.add_argument(
-            f"--{f.name}", type=kind, nargs="+" if f.name == "optimizer" else None, metavar=kind.__name__.upper(), help=f.metadata["help"] + default
-        )
+        nargs = "+" if f.name == "optimizer" else None
+        help = f.metadata["help"] + ("" if f.default is None else f" (default {f.default})")
+        parser.add_argument(f"--{f.name}", type=kind, nargs=nargs, metavar=kind.__name__.upper(), help=help)
     parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
-    parser.add_argument("--sample", metavar="PROMPT", help="train nothing; print what the run's last checkpoint writes after PROMPT")
+    parser.add_argument("--sample", metavar="PROMPT", help="only print what the last checkpoint writes after PROMPT")
     return parser.parse_args(arguments)
 
 
@@ -572,9 +576,9 @@ def main() -> None:
         if len(optimizers) > 1:
             compare(config, optimizers, given, resume)
         elif prompt is not None:
-            sample_checkpoint(config, prompt)
+            print(sample_checkpoint(config, prompt))
         else:
-            train(config, given, resume, "")
+            train(config, given, resume)
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
