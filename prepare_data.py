@@ -15,6 +15,7 @@ import base64
 import codecs
 import difflib
 import hashlib
+import http.client
 import json
 import os
 import random
@@ -22,6 +23,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import tempfile
 import urllib.request
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -39,11 +41,18 @@ NAMES = ("stdlib", "shakespeare")
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 END_OF_TEXT = "<|endoftext|>"
+META = {"name", "source", "tokenizer", "vocab_size", "dtype", "sha256"}
+META |= {"train_tokens", "val_tokens", "train_bytes", "val_bytes", "bytes_per_token"}
 PIECE = 2**20  # bytes of text that are tokenized at a time
 
 
 class InputError(Exception):
     """A user's mistake, told in one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help tells more)\n")
 
 
 # Tokenizers
@@ -145,7 +154,7 @@ def download(url: str, path: Path, sha256: str) -> None:
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             content = response.read()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise InputError(f"cannot download {url} ({error}); get the file by other means and pass its path") from None
     if hashlib.sha256(content).hexdigest() != sha256:
         raise InputError(f"{url} sent {len(content)} bytes that are not the expected file (SHA-256 differs)")
@@ -164,16 +173,21 @@ def find_source(source: str, glob: str) -> tuple[str, str, list[Document], list[
         path = DATA / "shakespeare.txt"
         download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
         return source, SHAKESPEARE_URL, *split_text(path)
-    path = Path(source).resolve()
-    if not path.exists():
+    path = Path(source)
+    if not source or not path.exists():
         names = sorted({*NAMES, *(meta.parent.name for meta in DATA.glob("*/meta.json"))})
         near = difflib.get_close_matches(source, names, 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else f"it is neither a file or folder nor one of {', '.join(names)}"
         raise InputError(f"no data {source!r}: {hint}")
-    if not path.stem or path.stem in NAMES:
-        raise InputError(f"cannot name a data set after {path}: data/{path.stem} is taken; rename it")
+    path = path.resolve()
+    if not path.stem.isprintable() or path.stem in ("", *NAMES):
+        raise InputError(f"cannot name a data set {path.stem!r}; rename {path}")
     if path.is_dir():
-        return path.stem, str(path), *split_files([file for file in path.rglob(glob) if file.is_file()], path)
+        try:
+            files = [file for file in path.rglob(glob) if file.is_file()]
+        except (ValueError, NotImplementedError) as error:
+            raise InputError(f"--glob {glob!r} is no pattern for names in a folder ({error})") from None
+        return path.stem, str(path), *split_files(files, path)
     return path.stem, str(path), *split_text(path)
 
 
@@ -265,10 +279,10 @@ def prepare(source: str, tokenizer: str = "bytes", glob: str = "*.txt") -> str:
         print("a .tiktoken file holds ranks only: splitting text with GPT-2's regular expression")
     name, description, *splits = find_source(source, glob)
     dtype = next(t for t in ("uint8", "uint16", "uint32") if encoding.max_token_value <= np.iinfo(t).max)
-    folder, new, old = DATA / name, DATA / f".{name}.new", DATA / f".{name}.old"
+    folder = DATA / name
     recover(folder)
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    DATA.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{name}.new-", dir=DATA))
     meta = {"name": name, "source": description, "tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "dtype": dtype}
     sha256 = hashlib.sha256()
     try:
@@ -278,37 +292,50 @@ def prepare(source: str, tokenizer: str = "bytes", glob: str = "*.txt") -> str:
                 arrays = tokenize(documents, encoding, bar)
                 meta[f"{split}_tokens"] = write_tokens(new / f"{split}.bin", arrays, dtype, sha256)
                 meta[f"{split}_bytes"] = sum(document.end - document.start for document in documents)
+            if 0 in (meta["train_tokens"], meta["val_tokens"]):
+                raise InputError(f"{description} is too short to be split into training and validation text")
         meta["bytes_per_token"] = total / (meta["train_tokens"] + meta["val_tokens"])
         meta["sha256"] = sha256.hexdigest()  # of train.bin followed by val.bin
         (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        new.chmod(0o755)
         if folder.exists():
-            folder.rename(old)
+            print(f"replacing data/{name}, made from {json.loads((folder / 'meta.json').read_text())['source']}")
+            folder.rename(old_folder(folder))
         new.rename(folder)
     finally:
+        recover(folder)
         shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return name
 
 
 def ensure(source: str) -> str:
     """The name of the data set for a NAME or PATH; if it is not there, it is made, with bytes as tokens."""
     path = Path(source)
-    is_path = path.exists() and source not in NAMES and not (DATA / source / "meta.json").exists()
+    is_path = bool(source) and path.exists() and source not in NAMES and not (DATA / source / "meta.json").exists()
     name = path.resolve().stem if is_path else source
     recover(DATA / name)
     if not (DATA / name / "meta.json").exists():
         return prepare(source)
-    if is_path and load(name)[0]["source"] != str(path.resolve()):
+    meta = load(name)[0]
+    if is_path and meta["source"] != str(path.resolve()):
         raise InputError(f"data/{name} was prepared from another place; to replace it, run prepare_data.py {source}")
+    if path.is_file() and is_path and meta["train_bytes"] + meta["val_bytes"] != path.stat().st_size:
+        raise InputError(
+            f"{source} has changed since data/{name} was prepared: run prepare_data.py {source}, or use the old text "
+            f"with --data {name}"
+        )
     return name
 
 
+def old_folder(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
 def recover(folder: Path) -> None:
-    """Put the old data set back if a kill came between the two renames that replace it."""
-    old = folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    """Put the old data set back if a stop came between the two renames that replace it; else drop it."""
+    if old_folder(folder).exists() and not folder.exists():
+        old_folder(folder).rename(folder)
+    shutil.rmtree(old_folder(folder), ignore_errors=True)
 
 
 def load(name: str) -> tuple[dict, np.ndarray, np.ndarray]:
@@ -317,20 +344,27 @@ def load(name: str) -> tuple[dict, np.ndarray, np.ndarray]:
     recover(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text())
+        if missing := META - meta.keys():
+            raise ValueError(f"meta.json lacks {', '.join(sorted(missing))}")
         arrays = []
         for split in ("train", "val"):
             path, n = folder / f"{split}.bin", meta[f"{split}_tokens"]
             expected = n * np.dtype(meta["dtype"]).itemsize
             if path.stat().st_size != expected:
                 raise InputError(f"{path} has {path.stat().st_size} bytes, not {expected}; run prepare_data.py again")
-            arrays.append(np.memmap(path, meta["dtype"], "r") if n else np.empty(0, meta["dtype"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            tokens = np.memmap(path, meta["dtype"], "r") if n else np.empty(0, meta["dtype"])
+            for i in range(0, n, 2**24):
+                if (highest := tokens[i : i + 2**24].max()) >= meta["vocab_size"]:
+                    last = meta["vocab_size"] - 1
+                    raise InputError(f"{path} holds the token {highest}, the last is {last}; run prepare_data.py again")
+            arrays.append(tokens)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{folder} is incomplete or damaged ({error}); run prepare_data.py again") from None
     return meta, *arrays
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     help = f"{', '.join(NAMES)}, a text file or a folder"
     parser.add_argument("source", nargs="?", default="stdlib", metavar="NAME|PATH", help=help)
     parser.add_argument("--tokenizer", default="bytes", help="bytes (default), gpt2, or a .tiktoken file")
@@ -340,6 +374,8 @@ def main() -> None:
         meta, *_ = load(prepare(args.source, args.tokenizer, args.glob))
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     print(
         f"data/{meta['name']}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens "
         f"({meta['dtype']}, vocabulary {meta['vocab_size']:,}, {meta['bytes_per_token']:.2f} bytes a token)"

@@ -1,7 +1,9 @@
 """All tests. The oracle for the optimizer is `naive_step`, a float64 transcription of the algorithm with
 full-size matrices throughout, written apart from the fast code and sharing nothing with it."""
 
+import base64
 import copy
+import importlib.util
 import itertools
 import json
 import math
@@ -133,6 +135,11 @@ def test_family_equals_the_naive_algorithm(shape, member, alpha_mode):
     options.pop("proj_method")
     right = shape[0] >= shape[1]
     bases = [bases[i - i % gap] for i in range(14)]  # each as it was when it was chosen
+    if FAMILY[member].get("proj_method") != "random":
+        for G, P in zip(gradients[::gap], bases[::gap]):  # the leading singular vectors, up to signs
+            U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+            cosines = (P * (Vh.T if shape[0] >= shape[1] else U)[:, :rank]).sum(0)
+            torch.testing.assert_close(cosines.abs(), torch.ones(rank).double(), rtol=0, atol=1e-9)
     expected = oracle_run(W, gradients, rank, bases, right, **options)
     for a, b in zip(got, expected):
         torch.testing.assert_close(a - W, b - W, rtol=1e-9, atol=1e-12)
@@ -151,6 +158,19 @@ def test_rank_of_the_short_side_needs_no_projection(shape, member):
     options |= {"scaling": "column", "only_scaling": False, "gamma": 1.01} | FAMILY[member]
     options.pop("proj_method", None)
     expected = oracle_run(W, gradients, 6, None, shape[0] >= shape[1], **options)
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a - W, b - W, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("proj_type", ["reverse_std", "left", "right"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_other_sides_equal_the_naive_algorithm(shape, proj_type):
+    options = {"lr": 0.02, "alpha": 0.3, "betas": (0.8, 0.95), "alpha_mode": "released"}
+    W, gradients = torch.randn(shape).double(), random_gradients(shape, 9)
+    got, bases, _ = run(W, gradients, 5, update_proj_gap=4, proj_type=proj_type, **options)
+    right = {"reverse_std": shape[0] < shape[1], "left": False, "right": True}[proj_type]
+    options |= {"scaling": "column", "only_scaling": False, "gamma": 1.01}
+    expected = oracle_run(W, gradients, 5, [bases[i - i % 4] for i in range(9)], right, **options)
     for a, b in zip(got, expected):
         torch.testing.assert_close(a - W, b - W, rtol=1e-9, atol=1e-12)
 
@@ -346,6 +366,25 @@ def test_an_all_zero_gradient_does_no_harm(zero_at, member):
     assert (got[-1] - got[-2]).norm() > 1e-3
 
 
+def test_a_state_loads_into_another_precision_and_through_hooks():
+    model = small_model(dtype=torch.bfloat16)
+    optimizer = Fira(param_groups(model, rank=8))
+    train_steps(model, optimizer, 2)
+    saved = optimizer.state_dict()
+    other = small_model()
+    resumed = Fira(param_groups(other, rank=8))
+    resumed.load_state_dict(saved)
+    train_steps(other, resumed, 2)
+    assert all(s["projection"].dtype == torch.float32 for s in resumed.state.values() if "projection" in s)
+    resumed.register_load_state_dict_pre_hook(lambda _, state: {**state, "state": {}})
+    resumed.load_state_dict(saved)
+    assert not resumed.state
+    for group in saved["param_groups"]:
+        del group["alpha_mode"]  # as if saved before there was this option
+    optimizer.load_state_dict(saved)
+    train_steps(model, optimizer, 1)
+
+
 def test_no_gradient_no_update():
     p, q = nn.Parameter(torch.ones(4, 8)), nn.Parameter(torch.ones(4, 8))
     optimizer = Fira([p, q], rank=2, weight_decay=0.1)
@@ -423,17 +462,27 @@ def test_grad_scaler_skips_a_step_that_overflowed():
     assert torch.isfinite(p).all()
 
 
-def test_a_compiled_step_equals_the_plain_one():
+def test_a_compiled_update_equals_the_plain_one(monkeypatch):
+    """And is compiled once for all steps, whatever the learning rate, the step and the norms."""
+    gradients, graphs = random_gradients((8, 20), 12, torch.float32), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
     trajectories = []
     for compiled in (False, True):
+        if compiled:
+            monkeypatch.setattr(fira, "fira_update", torch.compile(fira.fira_update, backend=count, fullgraph=True))
         p = nn.Parameter(torch.zeros(8, 20))
-        optimizer = Fira([p], rank=3)
-        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
-        for G in random_gradients((8, 20), 3, torch.float32):
-            p.grad = G
+        optimizer = Fira([p], rank=3, update_proj_gap=5)
+        step = torch.compile(optimizer.step, backend=count) if compiled else optimizer.step
+        for i, G in enumerate(gradients):
+            p.grad, optimizer.param_groups[0]["lr"] = G, 0.01 / (i + 1)
             step()
         trajectories.append(p.detach())
     torch.testing.assert_close(*trajectories)
+    assert 1 <= len(graphs) <= 2  # the second with the step as a symbol
 
 
 @pytest.mark.parametrize(
@@ -457,6 +506,7 @@ def test_a_compiled_step_equals_the_plain_one():
         ({"proj_method": "qr"}, "proj_method"),
         ({"alpha_mode": "new"}, "alpha_mode"),
         ({"only_scaling": True, "scaling": None}, "only_scaling"),
+        ({"only_scaling": "False"}, "only_scaling"),
     ],
     ids=str,
 )
@@ -478,6 +528,8 @@ def test_bad_parameters_and_gradients_are_refused():
         Fira(embedding.parameters()).step()
     with pytest.raises(ValueError, match="ModuleList"):
         param_groups(nn.Embedding(4, 4), rank=2)
+    with pytest.raises(ValueError, match="no option scale"):
+        param_groups(small_model(), rank=2, scale=0.25)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -568,7 +620,7 @@ def test_generate_goes_past_the_context():
 # The data
 
 UNICODE = "naïve café — 你好，世界。🙂‍↔️ e\u0301\r\n\ttabs  and   spaces \u2003\u00a0x\x1c\n\n'll 've don't 12345 <|endoftext|>\n"
-TOKENIZERS = ["bytes", pytest.param("gpt2-file", marks=pytest.mark.skipif(not SHARED.exists(), reason="no GPT-2 vocabulary beside the project"))]
+TOKENIZERS = ["bytes", "tiny.tiktoken", pytest.param("gpt2-file", marks=pytest.mark.skipif(not SHARED.exists(), reason="no GPT-2 vocabulary beside the project"))]
 
 
 def tokenizer_argument(name):
@@ -612,6 +664,7 @@ def decoded(name, split):
 def test_a_text_comes_back_exactly_and_is_tokenized_as_a_whole(workplace, monkeypatch, tokenizer):
     content = (UNICODE * 400).encode()
     Path("uni.txt").write_bytes(content)
+    tiny_ranks("tiny.tiktoken")
     monkeypatch.setattr(prepare_data, "PIECE", 1000)  # so that there are many pieces, cut within characters
     runs(prepare_data, "uni.txt", "--tokenizer", tokenizer_argument(tokenizer))
     assert decoded("uni", "train") + decoded("uni", "val") == content
@@ -621,7 +674,7 @@ def test_a_text_comes_back_exactly_and_is_tokenized_as_a_whole(workplace, monkey
         assert tokens.tolist() == encoding.encode_ordinary(decoded("uni", split).decode())
         assert meta[f"{split}_bytes"] == len(decoded("uni", split)) and meta[f"{split}_tokens"] == len(tokens)
     assert 0.08 < meta["val_bytes"] / len(content) <= 0.1 and decoded("uni", "train").endswith(b"\n")
-    assert meta["dtype"] == "uint16" and meta["vocab_size"] == {"bytes": 257}.get(tokenizer, 50257)
+    assert meta["dtype"] == "uint16" and meta["vocab_size"] == {"bytes": 257, "tiny.tiktoken": 267}.get(tokenizer, 50257)
 
 
 def test_one_long_line_is_split_between_characters(workplace):
@@ -678,8 +731,24 @@ def test_a_failure_leaves_the_old_data(workplace, monkeypatch):
     assert prepare_data.load("text")[0] == old and os.listdir("data") == ["text"]
 
 
+def test_an_interrupted_replacement_leaves_the_old_data(workplace, monkeypatch):
+    runs(prepare_data, "text.txt")
+    old, rename = prepare_data.load("text")[0], Path.rename
+
+    def interrupted(self, target):
+        if ".new-" in self.name:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        runs(prepare_data, "text.txt", "--tokenizer", "bytes")
+    assert prepare_data.load("text")[0] == old and os.listdir("data") == ["text"]
+
+
 def test_bad_data_is_named_in_one_line(workplace):
     Path("empty.txt").write_text("")
+    Path("one.txt").write_text("1")
     Path("bad.tiktoken").write_text("not base64 at all\n")
     Path("short.tiktoken").write_text("IQ== 0\n")
     Path("docs").mkdir()
@@ -688,7 +757,10 @@ def test_bad_data_is_named_in_one_line(workplace):
         (["stdlb"], "did you mean stdlib?"),
         (["nowhere/at/all.txt"], "neither a file or folder"),
         (["empty.txt"], "empty.txt is empty"),
+        (["one.txt"], "too short"),
+        ([""], "no data ''"),
         (["docs"], "two are needed"),
+        (["docs", "--glob", "/x"], "no pattern"),
         (["text.txt", "--tokenizer", "word"], "unknown tokenizer 'word'"),
         (["text.txt", "--tokenizer", "missing.tiktoken"], "missing.tiktoken"),
         (["text.txt", "--tokenizer", "bad.tiktoken"], "not in tiktoken's format"),
@@ -696,6 +768,21 @@ def test_bad_data_is_named_in_one_line(workplace):
     ):
         fails(prepare_data, *arguments, says=says)
     assert not Path("data").exists() or os.listdir("data") == []
+
+
+def tiny_ranks(path):
+    """A .tiktoken file of the 256 bytes and a few merges, so that GPT-2's pattern matters."""
+    merges = [b"  ", b" a", b"ll", b"n't", b"'ll", b"\n\n", b"do", b" do", b"12", b"   "]
+    lines = [base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate([bytes([i]) for i in range(256)] + merges)]
+    Path(path).write_bytes(b"".join(lines))
+
+
+def test_a_tokenizer_file_that_is_gone_is_found_before_training(workplace):
+    tiny_ranks("tiny.tiktoken")
+    runs(prepare_data, "text.txt", "--tokenizer", "tiny.tiktoken")
+    Path("tiny.tiktoken").unlink()
+    fails(train_script, *SMALL, says="cannot read the tokenizer")
+    assert not Path("out").exists()
 
 
 def test_without_network_the_gpt2_tokenizer_tells_the_ways(workplace, monkeypatch):
@@ -763,6 +850,7 @@ def test_compare_prints_one_table_and_resumes(workplace):
     assert f"{table[1]['val_loss']:.4f}" in first.stdout.split("in optimizer\n")[-1]
     for optimizer in ("fira", "adamw"):  # the same initial weights and batches
         assert checkpoint(optimizer)["step"] == 40
+    assert ("curves.png" in first.stdout) == bool(importlib.util.find_spec("matplotlib"))
     again = subprocess.run([*command, "--resume"], capture_output=True, text=True)
     assert again.returncode == 0 and json.loads(Path("out/nano-text-compare-seed0/table.json").read_text()) == table
 
@@ -773,12 +861,12 @@ def test_initial_weights_and_batches_are_those_of_the_seed():
     for name, weight in models[0].items():
         assert torch.equal(weight, models[1][name])
         assert torch.equal(weight, models[2].get(name, models[2].get(name.replace(".weight", ".linear.weight"))))
-    tokens, meta = np.arange(10_000) % 257, {"vocab_size": 257, "name": "x"}
-    a, b = (train_script.batch(tokens, config, meta, step=5) for config in configs[:2])
+    tokens = np.arange(10_000) % 257
+    a, b = (train_script.batch(tokens, config, step=5) for config in configs[:2])
     assert torch.equal(a, b) and a.shape == (1, 16, 129)
-    assert not torch.equal(a, train_script.batch(tokens, configs[0], meta, step=6))
-    assert not torch.equal(a, train_script.batch(tokens, configs[0], meta, step=5, rank=1))
-    exact = train_script.batch(np.arange(129) % 257, configs[0], meta, step=1)  # one window is the least
+    assert not torch.equal(a, train_script.batch(tokens, configs[0], step=6))
+    assert not torch.equal(a, train_script.batch(tokens, configs[0], step=5, rank=1))
+    exact = train_script.batch(np.arange(129) % 257, configs[0], step=1)  # one window is the least
     assert torch.equal(exact[0, 0], torch.arange(129))
 
 
@@ -792,8 +880,8 @@ def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
 def test_gradient_accumulation_is_a_larger_batch(workplace):
     losses = []
     for batch_size, grad_accum in ((8, 1), (2, 4)):
-        arguments = ["--steps", "3", "--batch_size", batch_size, "--grad_accum", grad_accum, "--block_size", "32", "--eval_interval", "1"]
-        runs(train_script, "--data", "text.txt", *arguments, "--out", f"out{grad_accum}")
+        arguments = [*SMALL, "--steps", "3", "--batch_size", batch_size, "--grad_accum", grad_accum, "--eval_interval", "1"]
+        runs(train_script, *arguments, "--out", f"out{grad_accum}")
         log = Path(f"out{grad_accum}/nano-text-fira-seed0/log.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in log])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -864,8 +952,10 @@ def test_a_second_run_keeps_the_first(workplace):
     first = checkpoint()
     runs(train_script, *SMALL, "--lr", "0.001")
     assert not same_weights(first, checkpoint())
-    kept = torch.load("out/nano-text-fira-seed0-previous/ckpt.pt", weights_only=True)
+    kept = torch.load("out/nano-text-fira-seed0-earlier1/ckpt.pt", weights_only=True)
     assert same_weights(first, kept)
+    runs(train_script, *SMALL, "--steps", "1")
+    assert sorted(os.listdir("out")) == [f"nano-text-fira-seed0{end}" for end in ("", "-earlier1", "-earlier2")]
 
 
 def test_sampling_from_a_checkpoint(workplace, capsys):
@@ -893,9 +983,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(workplace, monkeypatch):
     assert "step 27" in fails(train_script, *SMALL, "--optimizer", "adamw", says="the loss is nan")
     assert checkpoint("adamw")["step"] == 20 and all(torch.isfinite(v).all() for v in checkpoint("adamw")["model"].values())
     calls.clear()
-    monkeypatch.setattr(train_script, "METHODS", train_script.METHODS | {"fira": (1e-2, {})})
     line = fails(train_script, *SMALL, "--update_proj_gap", "13", says="step 27")  # the 27th chooses a subspace
     assert "loss is nan" in line and checkpoint()["step"] == 20
+
+
+@pytest.mark.parametrize("at", [20, 27])  # 20: an evaluation, with a checkpoint
+def test_weights_that_are_not_finite_are_not_saved(workplace, monkeypatch, at):
+    calls, zero_grad = [], Fira.zero_grad
+
+    def sick(self):
+        calls.append(1)
+        if len(calls) == at:
+            self.param_groups[0]["params"][0].data[0, 0] = math.nan
+        zero_grad(self)
+
+    monkeypatch.setattr(Fira, "zero_grad", sick)
+    fails(train_script, *SMALL, says=f"weight is not finite after step {at}" if at == 20 else "the loss is nan at step 28")
+    if at == 27:
+        assert all(torch.isfinite(value).all() for value in checkpoint()["model"].values())
+    else:
+        assert not Path("out/nano-text-fira-seed0/ckpt.pt").exists()
 
 
 @pytest.mark.parametrize(
@@ -917,6 +1024,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(workplace, monkeypatch):
         (["--block_size", "99999"], "one window needs 100000"),
         (["--resume"], "nothing to go on from"),
         (["--sample", "x"], "nothing to go on from"),
+        (["--sample", "x", "--optimizer", "fira", "adamw"], "one --optimizer"),
+        (["--optimizer", "fira", "adamw", "--resume"], "nothing to go on from"),
+        (["--seed", "99999999999999999999999"], "must be at most"),
+        (["--data", ""], "no data ''"),
     ],
     ids=" ".join,
 )
@@ -952,7 +1063,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(workplace):
     other.mkdir()
     (other / "ckpt.pt").write_bytes(good)
     fails(train_script, *SMALL, "--resume", "--model", "9m", says="--model nano, not 9m")
-    for damaged in (good[: len(good) // 2], b"", b"not a checkpoint"):
+    middle = len(good) // 2
+    for damaged in (good[:middle], b"", b"not a checkpoint", good[:middle] + bytes(1000) + good[middle + 1000 :]):
         (folder / "ckpt.pt").write_bytes(damaged)
         fails(train_script, *SMALL, "--resume", says="damaged or not a checkpoint")
         fails(train_script, *SMALL, "--sample", "x", says="damaged or not a checkpoint")
@@ -964,7 +1076,20 @@ def test_a_checkpoint_that_does_not_fit_is_refused(workplace):
     fails(train_script, *SMALL, "--resume", says="another text")
     Path("data/text/meta.json").write_text(json.dumps(meta))
     assert (folder / "ckpt.pt").read_bytes() == good
-    runs(train_script, *SMALL, "--resume")
+    whole = checkpoint()
+    for change, says in (
+        ({"config": whole["config"] | {"from_the_future": 1}}, "not a checkpoint of this train.py"),
+        ({"model": {"head.weight": whole["model"]["head.weight"]}}, "does not fit this model"),
+        ({"optimizer": None}, "does not fit this model"),
+    ):
+        torch.save(whole | change, folder / "ckpt.pt")
+        fails(train_script, *SMALL, "--resume", says=says)
+    (folder / "ckpt.pt").write_bytes(good)
+    fails(train_script, *SMALL, "--resume", "--steps", "10", says="at step 40 already")
+    (folder / "log.jsonl").write_text("[1]\nnonsense\n")
+    fails(train_script, *SMALL, "--resume", says="at step 40 already")
+    runs(train_script, *SMALL, "--resume", "--steps", "60")
+    assert checkpoint()["step"] == 60
 
 
 def test_damaged_data_is_refused(workplace):
@@ -972,17 +1097,24 @@ def test_damaged_data_is_refused(workplace):
     good = Path("data/text/train.bin").read_bytes()
     Path("data/text/train.bin").write_bytes(good[:-10])
     fails(train_script, *SMALL, says="run prepare_data.py again")
-    Path("data/text/train.bin").write_bytes(b"\xff" * len(good))
+    Path("data/text/train.bin").write_bytes(good[:5000] + b"\xff\xff" + good[5002:])
     fails(train_script, *SMALL, says="holds the token 65535")
     Path("data/text/train.bin").write_bytes(good)
-    Path("data/text/meta.json").write_text("{")
-    fails(train_script, *SMALL, says="incomplete or damaged")
+    meta = Path("data/text/meta.json").read_text()
+    for damaged in ("{", "[]", "{}", meta.replace("val_bytes", "bytes")):
+        Path("data/text/meta.json").write_text(damaged)
+        fails(train_script, *SMALL, says="incomplete or damaged")
+    Path("data/text/meta.json").write_text(meta)
     Path("data/text/val.bin").unlink()
     fails(train_script, *SMALL, says="incomplete or damaged")
 
 
-def test_another_file_with_the_same_name_is_not_mixed_up(workplace):
+def test_another_or_a_changed_file_of_the_same_name_is_not_mixed_up(workplace):
     runs(train_script, *SMALL)
+    text = Path("text.txt").read_text()
+    Path("text.txt").write_text(text + "one more line\n")
+    fails(train_script, *SMALL, says="has changed since")
+    Path("text.txt").write_text(text)
     Path("sub").mkdir()
     Path("sub/text.txt").write_text("quite another text\n" * 1000)
     fails(train_script, "--data", "sub/text.txt", says="prepared from another place")

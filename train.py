@@ -11,17 +11,18 @@ A run writes out/<run>/: config.json, log.jsonl, ckpt.pt, result.json and sample
 
 import argparse
 import difflib
+import itertools
 import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ import fira
 import prepare_data
 from fira import Fira, param_groups, state_bytes
 from model import PRESETS, ModelConfig, Transformer, add_lora
-from prepare_data import InputError
+from prepare_data import InputError, Parser
 
 # Each method is a learning rate and a setting of `Fira`; without a setting, everything is AdamW.
 METHODS = {
@@ -40,11 +41,11 @@ METHODS = {
     "fira_matrix": (1e-2, {"scaling": "matrix"}),
     "fira_only_scaling": (1e-2, {"only_scaling": True}),
     "galore": (1e-2, {"scaling": None}),
-    "galore_add": (1e-2, {"scaling": "unit", "gamma": None}),
+    "galore_add": (1e-2, {"scaling": "unit", "gamma": math.inf}),
     "apollo": (1e-2, {"only_scaling": True, "proj_method": "random"}),
     "apollo_mini": (1e-2, {"only_scaling": True, "proj_method": "random", "scaling": "matrix", "rank": 1}),
     "adamw": (2e-3, None),
-    "lora": (2e-3, None),
+    "lora": (3e-3, None),
 }
 
 # What a model is trained with unless a flag says otherwise: the paper's Appendix for 60m to 7b, with its
@@ -90,10 +91,10 @@ class Config:
     update_proj_gap: int | None = flag(None, "T, steps between subspace changes", min=1)
     alpha: float | None = flag(None, "α, GaLore's factor")
     alpha_mode: str = flag("unscaled", "what α multiplies: unscaled, paper or released", choices=ALPHA_MODES)
-    gamma: float = flag(1.01, "γ of the norm-growth limiter, inf for none", min=1)
+    gamma: float | None = flag(None, "γ of the norm-growth limiter, inf for none (1.01)", min=1)
     weight_decay: float = flag(0.0, "decoupled weight decay", min=0)
     grad_clip: float = flag(0.0, "largest norm of the gradient, 0 for no clipping", min=0)
-    seed: int = flag(0, "seed of the weights and the batches", min=0)
+    seed: int = flag(0, "seed of the weights and the batches", min=0, max=2**63 - 1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str | None = flag(None, "fp32, amp or bf16 (amp on CUDA, else fp32)", choices=("fp32", "amp", "bf16"))
     compile: bool = flag(False, "compile the model")
@@ -109,8 +110,15 @@ class Config:
                 raise InputError(f"unknown {f.name} {value!r}: did you mean {near[0]}? ({', '.join(choices)})")
             if "min" in f.metadata and value is not None and not value >= f.metadata["min"]:
                 raise InputError(f"--{f.name} {value} must be at least {f.metadata['min']}")
-        for name, value in {"lr": METHODS[self.optimizer][0], **TRAINING[self.model]}.items():
-            if getattr(self, name) is None:
+            if "max" in f.metadata and value > f.metadata["max"]:
+                raise InputError(f"--{f.name} {value} must be at most {f.metadata['max']}")
+        lr, setting = METHODS[self.optimizer]
+        defaults = {"lr": lr, "gamma": 1.01, **TRAINING[self.model], **(setting or {})}
+        if "apollo" in self.optimizer:  # what its release does with its Gaussian projection and its `scale`
+            d_model, scale = PRESETS[self.model][1], 128 if self.optimizer == "apollo_mini" else 1
+            defaults["alpha"] = math.sqrt(scale * min(self.rank or defaults["rank"], d_model) / d_model)
+        for name, value in defaults.items():
+            if getattr(self, name, "no flag") is None:
                 setattr(self, name, value)
         if self.warmup is None:
             self.warmup = self.steps // 10
@@ -128,29 +136,25 @@ CHANGEABLE = {"steps", "device", "compile", "eval_interval", "out"}
 # Data
 
 
-def batch(tokens: np.ndarray, config: Config, meta: dict, step: int, rank: int = 0) -> torch.Tensor:
+def batch(tokens: np.ndarray, config: Config, step: int, rank: int = 0) -> torch.Tensor:
     """Random windows of a step, (grad_accum, batch_size, block_size + 1): a function of (seed, step, rank) alone."""
     rng = np.random.default_rng((config.seed, step, rank))
     starts = rng.integers(len(tokens) - config.block_size, size=(config.grad_accum, config.batch_size))
-    return windows(tokens, starts, config, meta)
+    return windows(tokens, starts, config)
 
 
-def windows(tokens: np.ndarray, starts: np.ndarray, config: Config, meta: dict) -> torch.Tensor:
-    found = tokens[starts[..., None] + np.arange(config.block_size + 1)]
-    if found.max() >= meta["vocab_size"]:
-        where, last = f"data/{meta['name']}", meta["vocab_size"] - 1
-        raise InputError(f"{where} holds the token {found.max()}, but the last one is {last}: run prepare_data.py again")
-    return torch.from_numpy(found.astype(np.int64))
+def windows(tokens: np.ndarray, starts: np.ndarray, config: Config) -> torch.Tensor:
+    return torch.from_numpy(tokens[starts[..., None] + np.arange(config.block_size + 1)].astype(np.int64))
 
 
 @torch.no_grad()
-def evaluate(model, tokens: np.ndarray, config: Config, meta: dict, device, autocast) -> float:
+def evaluate(model, tokens: np.ndarray, config: Config, device, autocast) -> float:
     """Mean loss in nats a token over fixed windows, evenly spaced in the validation split."""
     n = min(EVAL_TOKENS // config.block_size or 1, (len(tokens) - 1) // config.block_size)
     starts = np.linspace(0, len(tokens) - config.block_size - 1, n).astype(np.int64)
     total = 0.0
     for i in range(0, n, config.batch_size):
-        w = windows(tokens, starts[i : i + config.batch_size], config, meta).to(device)
+        w = windows(tokens, starts[i : i + config.batch_size], config).to(device)
         with autocast:
             total += model(w[:, :-1], w[:, 1:]).item() * len(w)
     return total / n
@@ -166,6 +170,8 @@ def pick_device(name: str) -> torch.device:
     there = ["cpu"] + ["mps"] * mps + [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cuda"] * cuda
     if name not in there:
         raise InputError(f"device {name!r} is not there; this machine has {', '.join(there)}")
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)  # events and synchronization act on the current device
     return torch.device(name)
 
 
@@ -181,13 +187,8 @@ def build(config: Config, vocab_size: int, device) -> tuple[Transformer, Fira, i
     if setting is None:
         groups = param_groups(model, rank=None)
     else:
-        options = {name: getattr(config, name) for name in ("rank", "update_proj_gap", "alpha", "alpha_mode", "gamma")}
-        options |= setting
-        options["gamma"] = None if options["gamma"] in (None, math.inf) else options["gamma"]
-        if "apollo" in config.optimizer:  # what its release does with its Gaussian projection and its `scale`
-            scale = 128 if config.optimizer == "apollo_mini" else 1
-            options["alpha"] = math.sqrt(scale * options["rank"] / model.config.d_model)
-        groups = param_groups(model, **options)
+        flags = {name: getattr(config, name) for name in ("rank", "update_proj_gap", "alpha", "alpha_mode", "gamma")}
+        groups = param_groups(model, **setting | flags | ({"gamma": None} if config.gamma == math.inf else {}))
     try:
         optimizer = Fira(groups, lr=config.lr, weight_decay=config.weight_decay)
     except ValueError as error:
@@ -217,27 +218,41 @@ def write(path: Path, content) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict:
+    """A run's last checkpoint, its "config" as a Config. Raises InputError."""
     path = folder / "ckpt.pt"
     if not path.exists():
         raise InputError(f"nothing to go on from: there is no {path}")
     try:
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch does not check
+                raise ValueError(damaged)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["config"] = Config(**checkpoint["config"]).resolve()
         return {key: checkpoint[key] for key in ("model", "optimizer", "scaler", "step", "config", "data")}
     except Exception as error:  # torch raises half a dozen kinds
-        raise InputError(f"{path} is damaged or not a checkpoint of train.py ({type(error).__name__})") from None
+        raise InputError(f"{path} is damaged or not a checkpoint of this train.py ({type(error).__name__})") from None
+
+
+def restore(checkpoint: dict, folder: Path, **parts) -> None:
+    """Load the checkpoint's state into model=..., optimizer=..., scaler=... Raises InputError."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / 'ckpt.pt'} does not fit this model: {' '.join(str(error).split())[:200]}") from None
 
 
 def read_log(folder: Path, last_step: int) -> list[dict]:
     """The log's lines up to a step; a kill may have left later ones, or half a line."""
-    lines = []
-    for line in (folder / "log.jsonl").read_text().splitlines():
+    path, entries = folder / "log.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             entry = json.loads(line)
-        except ValueError:
+            if entry["step"] <= last_step:
+                entries.append(entry)
+        except (ValueError, KeyError, TypeError):
             break
-        if entry["step"] <= last_step:
-            lines.append(entry)
-    return lines
+    return entries
 
 
 def figures(val_loss: float, meta: dict) -> dict:
@@ -259,6 +274,9 @@ def peak_bytes(device) -> int | None:
     """Peak memory: allocated on a CUDA device, else of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where ru_maxrss may be that of the process that started this one
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     try:
         import resource
     except ImportError:  # Windows
@@ -292,9 +310,10 @@ def train(config: Config, given: dict, resume: bool) -> None:
     if checkpoint:
         saved = checkpoint["config"]
         for name in given.keys() - CHANGEABLE:
-            if getattr(config, name) != saved[name]:
-                raise InputError(f"{config.folder} was trained with --{name} {saved[name]}, not {getattr(config, name)}")
-        config = Config(**saved | {name: getattr(config, name) for name in (*given, "out")}).resolve()
+            was, now = getattr(saved, name), getattr(config, name)
+            if was != now:
+                raise InputError(f"{config.folder} was trained with --{name} {was}, not {now}")
+        config = replace(saved, **{name: getattr(config, name) for name in (*given, "out")})
     device = pick_device(config.device)
     config.precision = config.precision or ("amp" if device.type == "cuda" else "fp32")
     meta, train_tokens, val_tokens = prepare_data.load(config.data)
@@ -307,6 +326,7 @@ def train(config: Config, given: dict, resume: bool) -> None:
     if checkpoint and checkpoint["data"] != meta:
         what = "tokenizer" if checkpoint["data"]["tokenizer"] != meta["tokenizer"] else "text"
         raise InputError(f"data/{config.data} now has another {what} than the checkpoint's; prepare that one again")
+    encoding = prepare_data.get_encoding(meta["tokenizer"])  # now, so that a missing one is not found out at the end
 
     model, optimizer, adamw_bytes = build(config, meta["vocab_size"], device)
     bf16_there = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
@@ -316,15 +336,11 @@ def train(config: Config, given: dict, resume: bool) -> None:
         autocast = torch.autocast(device.type, torch.bfloat16 if bf16_there else torch.float16)
     start, log = 0, []
     if checkpoint:
-        try:
-            model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            scaler.load_state_dict(checkpoint["scaler"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{config.folder / 'ckpt.pt'} does not fit this model ({reason})") from None
+        restore(checkpoint, config.folder, model=model, optimizer=optimizer, scaler=scaler)
         start = checkpoint["step"]
         log = read_log(config.folder, start)
+        if start > config.steps or (start == config.steps and "val_loss" not in (log or [{}])[-1]):
+            raise InputError(f"{config.folder} is at step {start} already: go on with more --steps than that")
         del checkpoint
 
     folder, state = config.folder, state_bytes(optimizer.param_groups)
@@ -334,14 +350,15 @@ def train(config: Config, given: dict, resume: bool) -> None:
     print(f"data       {config.data}: {meta['source']}, {n_tokens:,} tokens, vocabulary {vocab_size:,}")
     print(f"model      {config.model}: {n_parameters:,} parameters, context {config.block_size}")
     print(f"device     {device}, {config.precision}{threads}")
-    print(f"optimizer  {config.optimizer}, lr {config.lr:g}, {mega(state)} of state; AdamW would hold {mega(adamw_bytes)}")
+    print(f"optimizer  {config.optimizer}, lr {config.lr:g}")
+    print(f"state      {mega(state)}; AdamW would hold {mega(adamw_bytes)} for this model")
     if start:
         print(f"resuming   {folder} after step {start}")
     elif (folder / "ckpt.pt").exists():
-        previous = folder.with_name(folder.name + "-previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
-        print(f"keeping    the previous run of this name as {previous}")
+        earlier = (folder.with_name(f"{folder.name}-earlier{i}") for i in itertools.count(1))
+        earlier = next(path for path in earlier if not path.exists())
+        folder.rename(earlier)
+        print(f"keeping    the earlier run of this name as {earlier}")
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
     write(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
@@ -365,11 +382,11 @@ def train(config: Config, given: dict, resume: bool) -> None:
             lr = learning_rate(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            step_windows = batch(train_tokens, config, meta, step)
+            step_windows = batch(train_tokens, config, step)
             if device.type == "cuda":
                 step_windows = step_windows.pin_memory()
             loss = 0.0
-            for w in step_windows.to(device, non_blocking=True):  # (batch_size, block_size + 1)
+            for w in step_windows.to(device, non_blocking=device.type == "cuda"):  # (batch_size, block_size + 1)
                 with autocast:
                     part = forward(w[:, :-1], w[:, 1:]) / config.grad_accum
                 scaler.scale(part).backward()
@@ -388,14 +405,16 @@ def train(config: Config, given: dict, resume: bool) -> None:
             optimizer.zero_grad()
             optimizer_spans.append((optimizer_start, mark(device)))
 
-            evaluation = step % config.eval_interval == 0 or step == config.steps
-            if not (evaluation or problem or stop or step % LOG_INTERVAL == 0):
+            evaluation, stopping = step % config.eval_interval == 0 or step == config.steps, bool(stop)
+            if not (evaluation or problem or stopping or step % LOG_INTERVAL == 0):
                 continue
             # Only here does the host wait for the device.
             losses = torch.stack(losses).tolist()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             elapsed = time.perf_counter() - clock
+            if (evaluation or stopping) and not all(p.isfinite().all() for p in model.parameters()):
+                problem = f"a weight is not finite after step {step}"
             for i, value in enumerate(losses, step - len(losses) + 1):
                 if not math.isfinite(value):
                     problem = f"the loss is {value} at step {i}"
@@ -411,11 +430,11 @@ def train(config: Config, given: dict, resume: bool) -> None:
             bar.update(len(losses))
             bar.set_postfix_str(f"loss {entry['loss']:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s")
             if evaluation:
-                entry |= figures(evaluate(forward, val_tokens, config, meta, device, autocast), meta)
+                entry |= figures(evaluate(forward, val_tokens, config, device, autocast), meta)
                 bar.write(f"step {step}: {in_words(entry)}")
             with open(folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
-            if evaluation or stop:
+            if evaluation or stopping:
                 write(
                     folder / "ckpt.pt",
                     {
@@ -427,13 +446,15 @@ def train(config: Config, given: dict, resume: bool) -> None:
                         "data": meta,
                     },
                 )
-            if stop and step < config.steps:
+            if stopping:
                 bar.close()
                 print(f"stopped after step {step} and saved; go on with: {resume_command()}")
                 sys.exit(128 + stop[0])
             losses, optimizer_spans = [], []
             clock = time.perf_counter()
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if measured_steps or not (folder / "result.json").exists():
         last = read_log(folder, config.steps)[-1]
         result = {"optimizer": config.optimizer, "lr": config.lr, "seed": config.seed, "steps": last["step"]}
@@ -450,15 +471,14 @@ def train(config: Config, given: dict, resume: bool) -> None:
     if result["ms_per_step"]:
         ms, share, peak = result["ms_per_step"], result["optimizer_share"], mega(result["peak_bytes"])
         print(f"           {ms:.1f} ms a step, {share:.1%} of it in the optimizer; peak memory {peak}")
-    text = sample(model, meta["tokenizer"], "", config.seed)
+    text = sample(model, encoding, "", config.seed)
     write(folder / "sample.txt", text)
     print(f"\nsample     {'-' * 60}\n{text}\n{'-' * 71}")
     print(f"wrote      {folder}/: config.json, log.jsonl, ckpt.pt, result.json, sample.txt")
 
 
-def sample(model: Transformer, tokenizer: str, prompt: str, seed: int) -> str:
+def sample(model: Transformer, encoding, prompt: str, seed: int) -> str:
     """The prompt and what the model writes after it; an empty prompt starts a new document."""
-    encoding = prepare_data.get_encoding(tokenizer)
     tokens = encoding.encode_ordinary(prompt) or [encoding.eot_token]
     torch.manual_seed(seed)
     device = next(model.parameters()).device
@@ -470,9 +490,9 @@ def sample_checkpoint(config: Config, prompt: str) -> str:
     """What a run's last checkpoint writes after a prompt. Raises InputError."""
     checkpoint = load_checkpoint(config.folder)
     device = pick_device(config.device)
-    model = build(Config(**checkpoint["config"]), checkpoint["data"]["vocab_size"], device)[0]
-    model.load_state_dict(checkpoint["model"])
-    return sample(model, checkpoint["data"]["tokenizer"], prompt, config.seed)
+    model = build(checkpoint["config"], checkpoint["data"]["vocab_size"], device)[0]
+    restore(checkpoint, config.folder, model=model)
+    return sample(model, prepare_data.get_encoding(checkpoint["data"]["tokenizer"]), prompt, config.seed)
 
 
 # Comparing optimizers
@@ -481,26 +501,31 @@ def sample_checkpoint(config: Config, prompt: str) -> str:
 def compare(config: Config, optimizers: list[str], given: dict, resume: bool) -> None:
     """Train with each optimizer in a process of its own, so that each has its own peak memory; then one table."""
     flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
-    signal.signal(signal.SIGINT, lambda *_: None)  # the child saves and says how to go on
+    folders = [replace(config, optimizer=name).folder for name in optimizers]
+    if resume and not any((folder / "ckpt.pt").exists() for folder in folders):
+        raise InputError(f"nothing to go on from: there is no ckpt.pt in {', '.join(map(str, folders))}")
     rows, curves = [], {}
-    for name in optimizers:
+    for name, folder in zip(optimizers, folders):
         print(f"\n=== {name} ===", flush=True)
-        config.optimizer = name
-        resume_flag = ["--resume"] * (resume and (config.folder / "ckpt.pt").exists())
-        code = subprocess.run([sys.executable, __file__, *flags, f"--optimizer={name}", *resume_flag]).returncode
+        resume_flag = ["--resume"] * (resume and (folder / "ckpt.pt").exists())
+        child = subprocess.Popen([sys.executable, __file__, *flags, f"--optimizer={name}", *resume_flag])
+        signal.signal(signal.SIGINT, lambda *_: None)  # it has Ctrl-C too, saves, and says how to go on
+        signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        code = child.wait()
         if code >= 128 or code < 0:
-            sys.exit(f"stopped; go on with: {resume_command()}")
+            print(f"the comparison stopped; go on with: {resume_command()}")
+            sys.exit(code if code > 0 else 128 - code)
         if code:
             print(f"{name} failed; going on with the others", flush=True)
             continue
-        rows.append(json.loads((config.folder / "result.json").read_text()))
-        curves[name] = [entry for entry in read_log(config.folder, rows[-1]["steps"]) if "val_loss" in entry]
+        rows.append(json.loads((folder / "result.json").read_text()))
+        curves[name] = [entry for entry in read_log(folder, rows[-1]["steps"]) if "val_loss" in entry]
     if not rows:
         sys.exit("error: every optimizer failed")
     print("\noptimizer               lr  val loss  perplexity  bits/byte     state      peak  ms/step  in optimizer")
     for row in rows:
         print(
-            f"{row['optimizer']:18} {row['lr']:7.0e} {row['val_loss']:9.4f} {row['perplexity']:11.3f} "
+            f"{row['optimizer']:18} {row['lr']:7g} {row['val_loss']:9.4f} {row['perplexity']:11.3f} "
             f"{row['bits_per_byte']:10.4f} {mega(row['state_bytes']):>9} {mega(row['peak_bytes']):>9} "
             f"{row['ms_per_step'] or math.nan:8.1f} {row['optimizer_share'] or math.nan:13.1%}"
         )
@@ -537,11 +562,6 @@ def resume_command() -> str:
     return shlex.join(["python", sys.argv[0], *arguments, "--resume"])
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The flags that were given, and only those."""
     parser = Parser(
@@ -572,17 +592,25 @@ def main() -> None:
             config = Config(**given, optimizer=name).resolve()
         if not resume and prompt is None:
             pick_device(config.device)
+        if prompt is not None and len(optimizers) > 1:
+            raise InputError("--sample goes with one --optimizer")
         given["data"] = config.data = prepare_data.ensure(config.data)
-        if len(optimizers) > 1:
-            compare(config, optimizers, given, resume)
-        elif prompt is not None:
+        if prompt is not None:
             print(sample_checkpoint(config, prompt))
+        elif len(optimizers) > 1:
+            compare(config, optimizers, given, resume)
         else:
             train(config, given, resume)
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except (MemoryError, torch.OutOfMemoryError):
+        sys.exit("error: out of memory: try a smaller --batch_size (with more --grad_accum) or a smaller --model")
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        sys.exit(f"error: torch cannot compile here: {str(error).splitlines()[0]}; leave out --compile")
 
 
 if __name__ == "__main__":
