@@ -44,7 +44,9 @@ SHAPES = {"wide": (12, 30), "tall": (30, 12), "square": (16, 16)}
 # The oracle
 
 
-def naive_step(W, G, P, state, t, *, lr, alpha, alpha_mode, scaling, only_scaling, gamma, betas, eps=1e-8, weight_decay=0.0):
+def naive_step(
+    W, G, P, state, t, *, lr, alpha, alpha_mode, scaling, only_scaling, gamma, betas, eps=1e-8, weight_decay=0.0
+):
     """Algorithm 1 of the paper on (m, n) matrices with P (m, r) on the left; returns the new W."""
     R = P.T @ G
     state["M"] = betas[0] * state["M"] + (1 - betas[0]) * R
@@ -127,7 +129,9 @@ def run(W, gradients, rank, **options):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_family_equals_the_naive_algorithm(shape, member, alpha_mode):
     options = {"lr": 0.02, "alpha": 0.3, "weight_decay": 0.1, "betas": (0.8, 0.95), "alpha_mode": alpha_mode}
-    options |= {"rank": 5, "proj_method": "svd", "scaling": "column", "only_scaling": False, "gamma": 1.01} | FAMILY[member]
+    options |= {"rank": 5, "proj_method": "svd", "scaling": "column", "only_scaling": False, "gamma": 1.01} | FAMILY[
+        member
+    ]
     rank, gap = options.pop("rank"), 4
     W, gradients = torch.randn(shape, generator=torch.Generator().manual_seed(1)).double(), random_gradients(shape, 14)
     got, bases, _ = run(W, gradients, rank, update_proj_gap=gap, **options)
@@ -184,7 +188,9 @@ def test_svd_finds_the_leading_singular_vectors(proj_type, m, dtype):
     expected = (Vh.T if m == 20 else U)[:, :5]
     assert bases[0].shape == (m, 5) and bases[0].dtype == dtype
     agreement = (bases[0].double() * expected).sum(0).abs()
-    torch.testing.assert_close(agreement, torch.ones(5).double(), rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-12)
+    torch.testing.assert_close(
+        agreement, torch.ones(5).double(), rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-12
+    )
 
 
 def test_svd_handles_the_whole_range_of_float32_and_a_low_rank():
@@ -620,7 +626,13 @@ def test_generate_goes_past_the_context():
 # The data
 
 UNICODE = "naïve café — 你好，世界。🙂‍↔️ e\u0301\r\n\ttabs  and   spaces \u2003\u00a0x\x1c\n\n'll 've don't 12345 <|endoftext|>\n"
-TOKENIZERS = ["bytes", "tiny.tiktoken", pytest.param("gpt2-file", marks=pytest.mark.skipif(not SHARED.exists(), reason="no GPT-2 vocabulary beside the project"))]
+TOKENIZERS = [
+    "bytes",
+    "tiny.tiktoken",
+    pytest.param(
+        "gpt2-file", marks=pytest.mark.skipif(not SHARED.exists(), reason="no GPT-2 vocabulary beside the project")
+    ),
+]
 
 
 def tokenizer_argument(name):
@@ -674,7 +686,9 @@ def test_a_text_comes_back_exactly_and_is_tokenized_as_a_whole(workplace, monkey
         assert tokens.tolist() == encoding.encode_ordinary(decoded("uni", split).decode())
         assert meta[f"{split}_bytes"] == len(decoded("uni", split)) and meta[f"{split}_tokens"] == len(tokens)
     assert 0.08 < meta["val_bytes"] / len(content) <= 0.1 and decoded("uni", "train").endswith(b"\n")
-    assert meta["dtype"] == "uint16" and meta["vocab_size"] == {"bytes": 257, "tiny.tiktoken": 267}.get(tokenizer, 50257)
+    assert meta["dtype"] == "uint16" and meta["vocab_size"] == {"bytes": 257, "tiny.tiktoken": 267}.get(
+        tokenizer, 50257
+    )
 
 
 def test_one_long_line_is_split_between_characters(workplace):
@@ -773,7 +787,10 @@ def test_bad_data_is_named_in_one_line(workplace):
 def tiny_ranks(path):
     """A .tiktoken file of the 256 bytes and a few merges, so that GPT-2's pattern matters."""
     merges = [b"  ", b" a", b"ll", b"n't", b"'ll", b"\n\n", b"do", b" do", b"12", b"   "]
-    lines = [base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate([bytes([i]) for i in range(256)] + merges)]
+    lines = [
+        base64.b64encode(token) + f" {rank}\n".encode()
+        for rank, token in enumerate([bytes([i]) for i in range(256)] + merges)
+    ]
     Path(path).write_bytes(b"".join(lines))
 
 
@@ -836,7 +853,12 @@ def test_every_method_trains_and_counts_its_state(workplace, optimizer):
     folder = Path(f"out/nano-text-{optimizer}-seed0")
     result = json.loads((folder / "result.json").read_text())
     assert result["val_loss"] < 4.5
-    kept = [v for s in checkpoint(optimizer)["optimizer"]["state"].values() for v in s.values() if isinstance(v, torch.Tensor)]
+    kept = [
+        v
+        for s in checkpoint(optimizer)["optimizer"]["state"].values()
+        for v in s.values()
+        if isinstance(v, torch.Tensor)
+    ]
     assert sum(v.nbytes for v in kept) == result["state_bytes"]
 
 
@@ -846,7 +868,15 @@ def test_compare_prints_one_table_and_resumes(workplace):
     assert first.returncode == 0, first.stderr
     table = json.loads(Path("out/nano-text-compare-seed0/table.json").read_text())
     assert [row["optimizer"] for row in table] == ["fira", "adamw"]
-    assert {"val_loss", "perplexity", "bits_per_byte", "state_bytes", "peak_bytes", "ms_per_step", "optimizer_share"} <= table[0].keys()
+    assert {
+        "val_loss",
+        "perplexity",
+        "bits_per_byte",
+        "state_bytes",
+        "peak_bytes",
+        "ms_per_step",
+        "optimizer_share",
+    } <= table[0].keys()
     assert f"{table[1]['val_loss']:.4f}" in first.stdout.split("in optimizer\n")[-1]
     for optimizer in ("fira", "adamw"):  # the same initial weights and batches
         assert checkpoint(optimizer)["step"] == 40
@@ -880,7 +910,17 @@ def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
 def test_gradient_accumulation_is_a_larger_batch(workplace):
     losses = []
     for batch_size, grad_accum in ((8, 1), (2, 4)):
-        arguments = [*SMALL, "--steps", "3", "--batch_size", batch_size, "--grad_accum", grad_accum, "--eval_interval", "1"]
+        arguments = [
+            *SMALL,
+            "--steps",
+            "3",
+            "--batch_size",
+            batch_size,
+            "--grad_accum",
+            grad_accum,
+            "--eval_interval",
+            "1",
+        ]
         runs(train_script, *arguments, "--out", f"out{grad_accum}")
         log = Path(f"out{grad_accum}/nano-text-fira-seed0/log.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in log])
@@ -888,7 +928,9 @@ def test_gradient_accumulation_is_a_larger_batch(workplace):
 
 
 def start(*arguments):
-    return subprocess.Popen([sys.executable, ROOT / "train.py", *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
 
 
 def wait_for(condition, process):
@@ -927,7 +969,11 @@ def test_stopped_and_killed_runs_resume_bit_for_bit(workplace, precision):
     for a, b in zip(straight["optimizer"]["state"].values(), broken["optimizer"]["state"].values()):
         assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
     losses = [
-        {entry["step"]: entry["val_loss"] for entry in map(json.loads, path.read_text().splitlines()) if "val_loss" in entry}
+        {
+            entry["step"]: entry["val_loss"]
+            for entry in map(json.loads, path.read_text().splitlines())
+            if "val_loss" in entry
+        }
         for path in (Path("straight/nano-text-fira-seed0/log.jsonl"), Path("broken/nano-text-fira-seed0/log.jsonl"))
     ]
     assert losses[0] == losses[1] and sorted(losses[0]) == [50, 100, 150, 200]
@@ -981,7 +1027,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(workplace, monkeypatch):
 
     monkeypatch.setattr(Transformer, "forward", sick)
     assert "step 27" in fails(train_script, *SMALL, "--optimizer", "adamw", says="the loss is nan")
-    assert checkpoint("adamw")["step"] == 20 and all(torch.isfinite(v).all() for v in checkpoint("adamw")["model"].values())
+    assert checkpoint("adamw")["step"] == 20 and all(
+        torch.isfinite(v).all() for v in checkpoint("adamw")["model"].values()
+    )
     calls.clear()
     line = fails(train_script, *SMALL, "--update_proj_gap", "13", says="step 27")  # the 27th chooses a subspace
     assert "loss is nan" in line and checkpoint()["step"] == 20
@@ -998,7 +1046,9 @@ def test_weights_that_are_not_finite_are_not_saved(workplace, monkeypatch, at):
         zero_grad(self)
 
     monkeypatch.setattr(Fira, "zero_grad", sick)
-    fails(train_script, *SMALL, says=f"weight is not finite after step {at}" if at == 20 else "the loss is nan at step 28")
+    fails(
+        train_script, *SMALL, says=f"weight is not finite after step {at}" if at == 20 else "the loss is nan at step 28"
+    )
     if at == 27:
         assert all(torch.isfinite(value).all() for value in checkpoint()["model"].values())
     else:

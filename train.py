@@ -239,7 +239,8 @@ def restore(checkpoint: dict, folder: Path, **parts) -> None:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / 'ckpt.pt'} does not fit this model: {' '.join(str(error).split())[:200]}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{folder / 'ckpt.pt'} does not fit this model: {reason}") from None
 
 
 def read_log(folder: Path, last_step: int) -> list[dict]:

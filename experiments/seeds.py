@@ -1,11 +1,12 @@
-"""The README's results: every method at the default size, three seeds, as mean ± standard deviation.
+"""The README's results: each method at the default size over three seeds, mean ± standard deviation.
 
-    python -m experiments.seeds                 # every variant below; finished runs are kept, an hour and more on two cores
-    python -m experiments.seeds fira adamw-1e-3 # some of them
+    python -m experiments.seeds                        # the table; an hour and more on two cores
+    python -m experiments.seeds --seeds 0 adamw-5e-4 adamw-1e-3 adamw-2e-3 adamw-3e-3    # learning rates
+    python -m experiments.seeds --seeds 0 lora-1e-3 lora-3e-3 lora-1e-2
 
-Each run is `python train.py --steps 1500` with the flags below. With the seed, the initial weights and
-the batches are the same for every variant, so differences are paired: their mean, ± the standard
-deviation of the differences.
+A run is `python train.py --steps 1500` with a variant's flags below; finished runs are kept under
+out/seeds. The seed decides the initial weights and the batches, the same for every variant, so the
+differences from the first variant are paired: their mean ± their standard deviation.
 """
 
 import argparse
@@ -15,24 +16,35 @@ import subprocess
 import sys
 from pathlib import Path
 
-VARIANTS = {
+TABLE = {
     "fira": "",
-    "galore": "--optimizer galore",
-    "adamw-5e-4": "--optimizer adamw --lr 5e-4",
-    "adamw-1e-3": "--optimizer adamw --lr 1e-3",
-    "adamw-2e-3": "--optimizer adamw --lr 2e-3",
-    "adamw-3e-3": "--optimizer adamw --lr 3e-3",
-    "adamw-5e-3": "--optimizer adamw --lr 5e-3",
-    "lora-1e-3": "--optimizer lora --lr 1e-3",
-    "lora-3e-3": "--optimizer lora --lr 3e-3",
-    "lora-1e-2": "--optimizer lora --lr 1e-2",
-    "fira-paper": "--alpha_mode paper",
     "fira-released": "--alpha_mode released",
+    "fira-paper": "--alpha_mode paper",
+    "adamw-2e-3": "--optimizer adamw --lr 2e-3",
+    "adamw-1e-3": "--optimizer adamw --lr 1e-3",
+    "lora-3e-3": "--optimizer lora --lr 3e-3",
+    "galore": "--optimizer galore",
+}
+VARIANTS = TABLE | {
+    "adamw-5e-4": "--optimizer adamw --lr 5e-4",
+    "adamw-3e-3": "--optimizer adamw --lr 3e-3",
+    "lora-1e-3": "--optimizer lora --lr 1e-3",
+    "lora-1e-2": "--optimizer lora --lr 1e-2",
 }
 
 
+def result(variant: str, seed: int) -> dict:
+    """A run's result.json; trains where there is none yet."""
+    out = Path("out") / "seeds" / variant
+    while not (found := list(out.glob(f"*-seed{seed}/result.json"))):
+        command = [sys.executable, "train.py", "--steps", "1500", "--seed", str(seed), "--out", str(out)]
+        subprocess.run(command + VARIANTS[variant].split(), check=True)
+    return json.loads(found[0].read_text())
+
+
 def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):8.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "         ")
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{deviation}"
 
 
 def main() -> None:
@@ -42,20 +54,16 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.variants) - set(VARIANTS):
         sys.exit(f"error: no variant {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
-    losses = {}
-    for seed in args.seeds:
-        for name in args.variants or VARIANTS:
-            out = Path("out") / "seeds" / name
-            if not (results := list(out.glob(f"*-seed{seed}/result.json"))):
-                command = [sys.executable, "train.py", "--steps", "1500", "--seed", str(seed), "--out", str(out)]
-                subprocess.run(command + VARIANTS[name].split(), check=True)
-                results = list(out.glob(f"*-seed{seed}/result.json"))
-            losses.setdefault(name, {})[seed] = json.loads(results[0].read_text())["val_loss"]
-    base = next(iter(losses))
-    print(f"{'variant':14} validation loss   minus {base}       seeds {args.seeds}")
-    for name, by_seed in losses.items():
-        differences = [by_seed[seed] - losses[base][seed] for seed in args.seeds]
-        print(f"{name:14} {spread(list(by_seed.values()))} {spread(differences)}   {[round(loss, 4) for loss in by_seed.values()]}")
+    runs = {variant: [result(variant, seed) for seed in args.seeds] for variant in args.variants or TABLE}
+    base = next(iter(runs))
+    seeds = " ".join(f"seed {seed}" for seed in args.seeds)
+    print(f"{'variant':14} {'validation loss':18} {'minus ' + base:19} {'bits per byte':18} {seeds}")
+    for variant, results in runs.items():
+        losses = [r["val_loss"] for r in results]
+        differences = [r["val_loss"] - b["val_loss"] for r, b in zip(results, runs[base])]
+        bits = [r["bits_per_byte"] for r in results]
+        each = " ".join(f"{loss:.4f}" for loss in losses)
+        print(f"{variant:14} {spread(losses):18} {spread(differences):19} {spread(bits):18} {each}")
 
 
 if __name__ == "__main__":
