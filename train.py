@@ -361,6 +361,8 @@ def train(config: Config, given: dict, resume: bool) -> None:
         folder.rename(earlier)
         print(f"keeping    the earlier run of this name as {earlier}")
     folder.mkdir(parents=True, exist_ok=True)
+    if start < config.steps:
+        (folder / "result.json").unlink(missing_ok=True)
     write(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
     write(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
 
@@ -456,7 +458,7 @@ def train(config: Config, given: dict, resume: bool) -> None:
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if measured_steps or not (folder / "result.json").exists():
+    if not (folder / "result.json").exists():
         last = read_log(folder, config.steps)[-1]
         result = {"optimizer": config.optimizer, "lr": config.lr, "seed": config.seed, "steps": last["step"]}
         result |= {name: last[name] for name in ("val_loss", "perplexity", "bits_per_byte")}
@@ -591,8 +593,7 @@ def main() -> None:
     try:
         for name in optimizers:
             config = Config(**given, optimizer=name).resolve()
-        if not resume and prompt is None:
-            pick_device(config.device)
+        pick_device(config.device)
         if prompt is not None and len(optimizers) > 1:
             raise InputError("--sample goes with one --optimizer")
         given["data"] = config.data = prepare_data.ensure(config.data)
