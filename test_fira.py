@@ -724,6 +724,7 @@ def test_a_folder_is_split_by_file(workplace):
     first = prepare_data.load("docs")[0]["sha256"]
     runs(prepare_data, "docs", "--glob", "*.md")
     assert prepare_data.load("docs")[0]["sha256"] == first  # the same order again
+    assert os.listdir("data") == ["docs"]  # and nothing left over
 
 
 def test_the_standard_library_is_the_default(workplace, monkeypatch):
