@@ -1,8 +1,8 @@
 """The README's results: each method at the default size over three seeds, mean ± standard deviation.
 
     python -m experiments.seeds                        # the table; an hour and more on two cores
-    python -m experiments.seeds --seeds 0 adamw-5e-4 adamw-1e-3 adamw-2e-3 adamw-3e-3    # learning rates
-    python -m experiments.seeds --seeds 0 lora-1e-3 lora-3e-3 lora-1e-2
+    python -m experiments.seeds adamw-5e-4 adamw-1e-3 adamw-2e-3 adamw-3e-3 --seeds 0    # learning rates
+    python -m experiments.seeds lora-1e-3 lora-3e-3 lora-1e-2 --seeds 0
 
 A run is `python train.py --steps 1500` with a variant's flags below; finished runs are kept under
 out/seeds. The seed decides the initial weights and the batches, the same for every variant, so the
@@ -21,12 +21,12 @@ TABLE = {
     "fira-released": "--alpha_mode released",
     "fira-paper": "--alpha_mode paper",
     "adamw-2e-3": "--optimizer adamw --lr 2e-3",
-    "adamw-1e-3": "--optimizer adamw --lr 1e-3",
     "lora-3e-3": "--optimizer lora --lr 3e-3",
     "galore": "--optimizer galore",
 }
 VARIANTS = TABLE | {
     "adamw-5e-4": "--optimizer adamw --lr 5e-4",
+    "adamw-1e-3": "--optimizer adamw --lr 1e-3",
     "adamw-3e-3": "--optimizer adamw --lr 3e-3",
     "lora-1e-3": "--optimizer lora --lr 1e-3",
     "lora-1e-2": "--optimizer lora --lr 1e-2",
