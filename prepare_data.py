@@ -299,7 +299,7 @@ def prepare(source: str, tokenizer: str = "bytes", glob: str = "*.txt") -> str:
         (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
         new.chmod(0o755)
         if folder.exists():
-            print(f"replacing data/{name}, made from {json.loads((folder / 'meta.json').read_text())['source']}")
+            print(f"replacing the data/{name} that was there")
             folder.rename(old_folder(folder))
         new.rename(folder)
     finally:
@@ -316,14 +316,15 @@ def ensure(source: str) -> str:
     recover(DATA / name)
     if not (DATA / name / "meta.json").exists():
         return prepare(source)
-    meta = load(name)[0]
-    if is_path and meta["source"] != str(path.resolve()):
-        raise InputError(f"data/{name} was prepared from another place; to replace it, run prepare_data.py {source}")
-    if path.is_file() and is_path and meta["train_bytes"] + meta["val_bytes"] != path.stat().st_size:
-        raise InputError(
-            f"{source} has changed since data/{name} was prepared: run prepare_data.py {source}, or use the old text "
-            f"with --data {name}"
-        )
+    if is_path:
+        meta = load(name)[0]
+        if meta["source"] != str(path.resolve()):
+            raise InputError(f"data/{name} was prepared from another place; to replace it, run prepare_data.py {source}")
+        if path.is_file() and meta["train_bytes"] + meta["val_bytes"] != path.stat().st_size:
+            raise InputError(
+                f"{source} has changed since data/{name} was prepared: run prepare_data.py {source}, or use the old "
+                f"text with --data {name}"
+            )
     return name
 
 

@@ -1161,6 +1161,10 @@ def test_damaged_data_is_refused(workplace):
     Path("data/text/meta.json").write_text(meta)
     Path("data/text/val.bin").unlink()
     fails(train_script, *SMALL, says="incomplete or damaged")
+    for damage in ("{", None):  # what the message advises works, whatever the damage
+        Path("data/text/meta.json").write_text(damage) if damage else Path("data/text/meta.json").unlink()
+        runs(prepare_data, "text.txt")
+        assert decoded("text", "train") + decoded("text", "val") == Path("text.txt").read_bytes()
 
 
 def test_another_or_a_changed_file_of_the_same_name_is_not_mixed_up(workplace):
