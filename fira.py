@@ -24,6 +24,8 @@ one transposed. A "column" is a slice along the side that is not projected.
 
 import inspect
 import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +35,13 @@ __all__ = ["Fira", "fira_update", "param_groups", "state_bytes"]
 
 CHOICES = {
     "proj_type": ("std", "reverse_std", "left", "right"),
-    "proj_method": ("svd", "random"),
+    "proj_method": ("svd", "subspace", "random"),
+    "moments": ("keep", "align", "rotate"),
     "scaling": ("column", "matrix", "unit", None),
     "alpha_mode": ("paper", "unscaled", "released"),
 }
 FUSED_DEVICES = ("cpu", "cuda", "mps")  # where torch has a fused AdamW
+BLOCK = 2**16  # elements in a temporary, where one of a weight's size would be faster
 
 
 def fira_update(
@@ -46,10 +50,9 @@ def fira_update(
     P: Tensor | None,  # (m, r) orthonormal columns; None stands for the identity
     M: Tensor,  # (r, n) first moment of R, changed in place
     V: Tensor,  # (r, n) second moment of R, changed in place
-    prev_norm: Tensor,  # () ‖S‖ of the step before, 0 if there was none; changed in place
+    prev_norm: Tensor,  # () ‖S‖ of the step before, inf if there was none; changed in place
+    step_size: Tensor,  # () η c_t; a tensor on the CPU, so that its value is nothing to compile for
     *,
-    step: int,  # t, 1 at the first step
-    lr: float,  # η, negative to maximize
     betas: tuple[float, float],
     eps: float,
     scaling: str | None,  # φ: "column", "matrix", "unit" (φ = 1), None (φ = 0)
@@ -67,44 +70,45 @@ def fira_update(
     """
     beta1, beta2 = betas
     a_S, a_N, a_R = coefficients
-    step_size = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)  # η c_t
 
     # 1. Project the gradient.
     R = (G if P is None else P.T @ G).to(M.dtype)  # (r, n)
     # 2. Adam in the subspace.
     M.lerp_(R, 1 - beta1)
     V.mul_(beta2).addcmul_(R, R, value=1 - beta2)
-    N = M / V.sqrt().add_(eps)  # (r, n)
+    N = V.sqrt().add_(eps)
+    N = torch.div(M, N, out=N)  # (r, n)
     if a_S:
         # 3. Norm-based scaling: how much did Adam scale each column?
-        R_sq = column_norms_squared(R)  # (n,)
+        R_sq, N_sq = R.square().sum(0), N.square().sum(0)  # (n,)
         if scaling == "column":
-            phi = column_norms_squared(N).sqrt() / (R_sq.sqrt() + 1e-8)  # (n,)
+            phi = N_sq.sqrt_() / R_sq.sqrt().add_(1e-8)  # (n,)
         elif scaling == "matrix":
-            phi = (N.norm() / (R.norm() + 1e-8)).expand_as(R_sq)
+            phi = (N_sq.sum().sqrt() / (R_sq.sum().sqrt() + 1e-8)).expand_as(R_sq)
         else:
             phi = torch.ones_like(R_sq)
         # 4. Norm-growth limiter. S = φ∘(G − k P R) is never formed: P is orthonormal, so
         #    ‖G_i − k P R_i‖² = ‖G_i‖² − (2k − k²) ‖R_i‖². (Rounding makes that too large where the rest is
         #    below some 3 % of G with 16-bit weights, 0.03 % with float32: then S is held back, being tiny.)
+        s = 1.0
         if gamma is not None:
             k = a_R / a_S
-            rest_sq = (column_norms_squared(G) - (2 * k - k * k) * R_sq).clamp_(min=0)
-            norm = (phi.square() * rest_sq).sum().sqrt()
-            s = gamma / (norm / (prev_norm + 1e-8)).clamp_(min=gamma)
-            s = torch.where(prev_norm > 0, s, 1.0)  # no norm yet: no limit yet
+            rest_sq = column_norms_squared(G).sub_(R_sq, alpha=2 * k - k * k).clamp_(min=0)
+            norm = torch.dot(phi.square(), rest_sq).sqrt()  # ‖S‖
+            s = (gamma * (prev_norm + 1e-8) / norm).clamp_(max=1)
             prev_norm.copy_(torch.where(norm > 0, s * norm, prev_norm))  # a zero would cap S at 1e-8 for long
-            phi = s * phi
         # 5. The update: a_S s φ∘G ...
-        W.addcmul_(G, (phi * (-step_size * a_S)).to(W.dtype))
+        phi = phi * (s * step_size)
+        W.addcmul_(G, phi.to(W.dtype), value=-a_S)
     # ... and P (a_N N − a_R s φ∘R).
-    N.mul_(-step_size * a_N)
-    if a_R:
-        N.addcmul_(R, phi * (step_size * a_R))
-    if P is None:
-        W.add_(N)
-    elif a_N:
-        W.addmm_(P, N.to(W.dtype))
+    if a_N:
+        N.mul_(step_size)
+        if a_R:
+            N.addcmul_(R, phi, value=-a_R / a_N)
+        if P is None:
+            W.sub_(N, alpha=a_N)
+        else:
+            W.addmm_(P, N.to(W.dtype), alpha=-a_N)
 
 
 def alpha_coefficients(alpha: float, alpha_mode: str, scaling: str | None, only_scaling: bool, projected: bool):
@@ -119,9 +123,11 @@ def alpha_coefficients(alpha: float, alpha_mode: str, scaling: str | None, only_
 def column_norms_squared(X: Tensor) -> Tensor:
     """‖X_i‖² of each column of X (m, n), shape (n,), in at least float32 and without a copy of X."""
     dtype = torch.promote_types(X.dtype, torch.float32)
-    if X.is_cuda:
+    if X.is_cuda or (X.stride(0) == 1 and X.dtype == dtype) or torch.compiler.is_compiling():
         return torch.linalg.vector_norm(X, dim=0, dtype=dtype).square()
-    return sum(rows.to(dtype).square().sum(0) for rows in X.split(64))  # 2-5 times faster on a CPU
+    # Across the rows of memory torch's CPU kernel is slow; block by block this is 2 to 5 times faster.
+    blocks = X.split(max(1, BLOCK // X.shape[1]))
+    return reduce(Tensor.add_, (rows.to(dtype).square().sum(0) for rows in blocks))
 
 
 def adamw_update(W: list[Tensor], G: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[Tensor], **options):
@@ -135,7 +141,7 @@ def adamw_update(W: list[Tensor], G: list[Tensor], M: list[Tensor], V: list[Tens
         return adamw(W, G, M, V, [], steps, **options)
     for w, g, m, v, step in zip(W, G, M, V, steps):
         w, g, m, v = map(torch.atleast_1d, (w, g, m, v))
-        rows = max(1, 2**18 * len(w) // max(1, w.numel()))
+        rows = max(1, BLOCK * len(w) // max(1, w.numel()))
         for w_, g_, m_, v_ in zip(w.split(rows), g.split(rows), m.split(rows), v.split(rows)):
             w32 = w_.to(m.dtype)
             adamw([w32], [g_.to(m.dtype)], [m_], [v_], [], [step.clone()], **options)
@@ -143,23 +149,47 @@ def adamw_update(W: list[Tensor], G: list[Tensor], M: list[Tensor], V: list[Tens
         step += 1
 
 
-def leading_left_singular_vectors(G: Tensor, rank: int) -> Tensor:
-    """The `rank` leading left singular vectors of G (m, n), shape (m, rank), largest first.
+def singular_vectors(G: Tensor, rank: int) -> Tensor:
+    """The `rank` leading left singular vectors of G (m, n), shape (m, rank), largest first; m ≤ n or not.
 
-    From the eigenvectors of the smaller Gram matrix in float64. That is exact down to singular values
-    of 1e-8 of the largest, faster than an SVD, and cannot fail to converge on a float32's range.
+    They are eigenvectors of the smaller Gram matrix, which is several times faster than an SVD. Squaring
+    doubles the digits that are needed, so where σ_r < 0.03 σ_1 it is done in float64.
     """
-    G = G.cpu().double() if G.device.type == "mps" else G.double()
-    G = G / G.abs().max()
-    if G.shape[0] <= G.shape[1]:
-        return torch.linalg.eigh(G @ G.T).eigenvectors[:, -rank:].flip(1)
-    right = torch.linalg.eigh(G.T @ G).eigenvectors[:, -rank:].flip(1)
-    return torch.linalg.qr(G @ right).Q
+    if G.shape[0] > G.shape[1]:
+        return torch.linalg.qr(G @ singular_vectors(G.T, rank)).Q
+    values, vectors = torch.linalg.eigh(G @ G.T)
+    if values[-rank] < 1e-3 * values[-1] and G.dtype == torch.float32:
+        vectors = torch.linalg.eigh(G.double() @ G.T.double()).eigenvectors.to(G.dtype)
+    return vectors[:, -rank:].flip(1)
+
+
+def subspace_iteration(G: Tensor, P: Tensor) -> Tensor:
+    """P (m, r) after one step of subspace iteration towards the leading left singular vectors of G (m, n)."""
+    size = G.abs().max()  # divided out before each multiplication, for gradients near the ends of float32's range
+    Q = torch.linalg.qr(G @ (G.T @ (P / size) / size)).Q
+    return Q @ singular_vectors(Q.T / size @ G, P.shape[1])  # Adam works elementwise: vectors, not just their span
 
 
 def random_projection(m: int, rank: int, seed: int) -> Tensor:
     """Q (m, rank) of a seeded Gaussian's QR; drawn on the CPU, so it is the same on every device and process."""
     return torch.linalg.qr(torch.randn(m, rank, generator=torch.Generator().manual_seed(seed))).Q
+
+
+def find_projection(G: Tensor, P: Tensor | None, rank: int, proj_method: str, seed: int) -> Tensor:
+    """A new P (m, rank) with orthonormal columns for the gradient G (m, n) after the old P, if there is one."""
+    device = G.device
+    if proj_method == "random":
+        return random_projection(G.shape[0], rank, seed).to(device)
+    if device.type == "mps":
+        G = G.cpu()  # where torch has no eigh
+    G = G.to(torch.promote_types(G.dtype, torch.float32))
+    if proj_method == "svd":
+        return singular_vectors(G / G.abs().max(), rank).to(device)
+    iterations = 1 if P is not None else 4  # more from a random start
+    P = random_projection(G.shape[0], rank, seed) if P is None else P
+    for _ in range(iterations):
+        P = subspace_iteration(G, P.to(G))
+    return P.to(device)
 
 
 def projects_right(shape: torch.Size, proj_type: str) -> bool:
@@ -225,6 +255,8 @@ class Fira(torch.optim.Optimizer):
         alpha: float = 0.25,
         proj_type: str = "std",
         proj_method: str = "svd",
+        moments: str = "align",
+        spread: bool = False,
         scaling: str | None = "column",
         only_scaling: bool = False,
         gamma: float | None = 1.01,
@@ -249,27 +281,49 @@ class Fira(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # All that can fail comes first, so that a failure leaves every weight as it was.
-        index = 0
-        for number, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._prepare(p, group, number, index)
-                index += 1
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if group["rank"] is None:
-                self._step_adamw(group, params)
-            else:
-                for p in params:
-                    self._step_projected(group, p)
+        self._update([(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups])
         return loss
 
-    def _prepare(self, p: Tensor, group: dict, number: int, index: int) -> None:
-        """Make p's state in its first step, and choose its subspace where that is due."""
-        if p.grad.is_sparse:
-            raise RuntimeError(f"Fira takes no sparse gradients: parameter of shape {tuple(p.shape)} in group {number}")
+    def step_in_backward(self) -> list:
+        """From now on update each parameter as soon as backward has its gradient, and free that gradient.
+
+        The gradients then never exist all at once, and `step()` finds nothing left to do. The weights are
+        those of `step()`. It rules out what needs all gradients at once: accumulation over several
+        backward passes, clipping by the total norm, a GradScaler, gradients averaged between processes.
+        Returns the hooks' handles; `remove()` each to undo it.
+
+        Raises:
+            RuntimeError: there are several processes.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if torch.distributed.get_world_size() > 1:
+                raise RuntimeError("step_in_backward() would update before the processes' gradients are averaged")
+
+        @torch.no_grad()
+        def update(number, p):
+            self._update([(self.param_groups[number], [p])])
+            p.grad = None
+
+        return [
+            p.register_post_accumulate_grad_hook(partial(update, number))
+            for number, group in enumerate(self.param_groups)
+            for p in group["params"]
+        ]
+
+    def _update(self, work: list[tuple[dict, list[Tensor]]]) -> None:
+        # All that can fail comes first, so that a failure leaves every weight as it was.
+        self._change_subspaces([(p, group) for group, params in work for p in params if self._prepare(p, group)])
+        for group, params in work:
+            if group["rank"] is None:
+                self._step_adamw(group, params)
+            for p in params if group["rank"] else ():
+                self._step_projected(group, p)
+
+    def _prepare(self, p: Tensor, group: dict) -> bool:
+        """Make p's state in its first step. Returns whether its subspace is to be chosen now."""
         state, r = self.state[p], group["rank"]
+        if p.grad.is_sparse:
+            raise RuntimeError(f"Fira takes no sparse gradients: {self._name(p)}")
         dtype = torch.promote_types(p.dtype, torch.float32)  # β₂ = 0.999 would do nothing to a bfloat16 V
         if r is None:
             if not state:
@@ -277,32 +331,64 @@ class Fira(torch.optim.Optimizer):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
                 state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
                 state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
-            return
+            return False
         G = p.grad.T if projects_right(p.shape, group["proj_type"]) else p.grad  # (m, n)
         projected = r < min(G.shape)
         if not state:
             state["step"] = 0
             state["exp_avg"] = G.new_zeros(r if projected else G.shape[0], G.shape[1], dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
-            state["prev_norm"] = G.new_zeros((), dtype=dtype)
-        if not projected or ("projection" in state and state["step"] % group["update_proj_gap"]):
-            return
-        size = G.abs().max()
-        if not size.isfinite():
+            state["prev_norm"] = G.new_full((), math.inf, dtype=dtype)  # no norm yet: no limit yet
+            state["index"] = next(i for i, q in enumerate(self._parameters()) if q is p)
+        if not projected:
+            return False
+        T, offset = group["update_proj_gap"], 0
+        if group["spread"]:  # evenly over the T steps
+            offset = state["index"] * T // sum(1 for _ in self._parameters())
+        if "projection" in state and (state["step"] - offset) % T:
+            return False
+        lowest, highest = torch.aminmax(p.grad)
+        if not (lowest.isfinite() and highest.isfinite()):
             raise FloatingPointError(
-                f"the gradient of a parameter of shape {tuple(p.shape)} in group {number} is not finite, "
-                f"and its subspace is to be chosen in this step ({state['step'] + 1})"
+                f"a gradient is not finite, and its subspace is to be chosen in step {state['step'] + 1}: {self._name(p)}"
             )
-        if size == 0:
-            return  # no direction to choose from: the old P stays, or the first one waits for a gradient
-        if group["proj_method"] == "random":
-            P = random_projection(G.shape[0], r, seed=1_000_003 * index + state["step"])
+        return bool(lowest < highest or lowest)  # else no direction to choose from: the old P stays, or the first one waits
+
+    def _change_subspaces(self, due: list[tuple[Tensor, dict]]) -> None:
+        def find(p, group):
+            state = self.state[p]
+            G = p.grad.T if projects_right(p.shape, group["proj_type"]) else p.grad
+            seed = 1_000_003 * state["index"] + state["step"]
+            return find_projection(G, state.get("projection"), group["rank"], group["proj_method"], seed)
+
+        if len(due) > 1 and all(p.device.type == "cpu" for p, _ in due):
+            # One matrix on each core: a second core makes LAPACK little faster on one matrix.
+            threads = torch.get_num_threads()
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                found = list(pool.map(find, *zip(*due)))
+            torch.set_num_threads(threads)  # threads yet to come would start with 1 else
         else:
-            P = leading_left_singular_vectors(G, r)
-        P = P.to(G)
-        if "projection" in state:
-            P *= torch.where((P * state["projection"]).sum(0) < 0, -1.0, 1.0).to(P.dtype)
-        state["projection"] = P.contiguous()
+            found = [find(*one) for one in due]
+        for (p, group), P in zip(due, found):
+            state = self.state[p]
+            old = state.get("projection")
+            if group["moments"] == "keep":
+                P *= P.gather(0, P.abs().argmax(0, keepdim=True)).sign()
+            elif old is not None and group["moments"] == "align":
+                P *= torch.where((P * old).sum(0) < 0, -1.0, 1.0).to(P.dtype)
+            elif old is not None:
+                M = state["exp_avg"]
+                M.copy_(P.T.to(M.dtype) @ (old.to(M.dtype) @ M))
+            state["projection"] = P.to(p.dtype).contiguous()
+
+    def _parameters(self):
+        return (p for group in self.param_groups for p in group["params"])
+
+    def _name(self, p: Tensor) -> str:
+        """Which parameter it is, in words."""
+        for number, group in enumerate(self.param_groups):
+            if any(p is q for q in group["params"]):
+                return f"the parameter of shape {tuple(p.shape)} in group {number}"
 
     def _step_adamw(self, group: dict, params: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
@@ -315,6 +401,9 @@ class Fira(torch.optim.Optimizer):
     def _step_projected(self, group: dict, p: Tensor) -> None:
         state = self.state[p]
         state["step"] += 1
+        lr = -group["lr"] if group["maximize"] else group["lr"]
+        beta1, beta2 = group["betas"]
+        c_t = math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
         projected = group["rank"] < min(p.shape)
         if "projection" in state or not projected:  # else every gradient was zero so far
             right = projects_right(p.shape, group["proj_type"])
@@ -325,12 +414,11 @@ class Fira(torch.optim.Optimizer):
                 state["exp_avg"],
                 state["exp_avg_sq"],
                 state["prev_norm"],
-                lr=-group["lr"] if group["maximize"] else group["lr"],
+                torch.tensor(lr * c_t, dtype=torch.float64),
                 coefficients=alpha_coefficients(
                     group["alpha"], group["alpha_mode"], group["scaling"], group["only_scaling"], projected
                 ),
                 **{k: group[k] for k in ("betas", "eps", "scaling", "gamma")},
-                step=state["step"],
             )
         if group["weight_decay"]:
             p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -375,7 +463,7 @@ def check_group(group: dict) -> None:
         raise ValueError(f"alpha={group['alpha']} must be a finite number above 0")
     if group["gamma"] is not None and not 1 <= group["gamma"] < math.inf:
         raise ValueError(f"gamma={group['gamma']} must be a finite number of at least 1, or None for no limiter")
-    for name in ("only_scaling", "maximize"):
+    for name in ("only_scaling", "maximize", "spread"):
         if type(group[name]) is not bool:
             raise ValueError(f"{name}={group[name]!r} must be True or False")
     if group["only_scaling"] and group["scaling"] is None:

@@ -64,7 +64,8 @@ TRAINING = {
     "7b": PAPER | {"steps": 150_000, "rank": 1024, "alpha": 0.0625},
     "gpt2": PAPER | {"steps": 100_000, "rank": 256, "block_size": 1024, "batch_size": 12, "grad_accum": 40},
 }
-ALPHA_MODES = fira.CHOICES["alpha_mode"]
+ALPHA_MODES, PROJ_METHODS, MOMENTS = (fira.CHOICES[name] for name in ("alpha_mode", "proj_method", "moments"))
+GROUP_FLAGS = ("rank", "update_proj_gap", "alpha", "alpha_mode", "proj_method", "moments", "gamma")
 LOG_INTERVAL = 10  # steps
 EVAL_TOKENS = 2**17  # of the validation split, the same at every evaluation
 SAMPLE_TOKENS = 400
@@ -91,6 +92,8 @@ class Config:
     update_proj_gap: int | None = flag(None, "T, steps between subspace changes", min=1)
     alpha: float | None = flag(None, "α, GaLore's factor")
     alpha_mode: str = flag("unscaled", "what α multiplies: unscaled, paper or released", choices=ALPHA_MODES)
+    proj_method: str | None = flag(None, "how the subspace is found: svd, subspace or random", choices=PROJ_METHODS)
+    moments: str = flag("align", "Adam's moments at a subspace change: keep, align or rotate", choices=MOMENTS)
     gamma: float | None = flag(None, "γ of the norm-growth limiter, inf for none (1.01)", min=1)
     weight_decay: float = flag(0.0, "decoupled weight decay", min=0)
     grad_clip: float = flag(0.0, "largest norm of the gradient, 0 for no clipping", min=0)
@@ -113,7 +116,7 @@ class Config:
             if "max" in f.metadata and value > f.metadata["max"]:
                 raise InputError(f"--{f.name} {value} must be at most {f.metadata['max']}")
         lr, setting = METHODS[self.optimizer]
-        defaults = {"lr": lr, "gamma": 1.01, **TRAINING[self.model], **(setting or {})}
+        defaults = {"lr": lr, "gamma": 1.01, "proj_method": "svd", **TRAINING[self.model], **(setting or {})}
         if "apollo" in self.optimizer:  # what its release does with its Gaussian projection and its `scale`
             d_model, scale = PRESETS[self.model][1], 128 if self.optimizer == "apollo_mini" else 1
             defaults["alpha"] = math.sqrt(scale * min(self.rank or defaults["rank"], d_model) / d_model)
@@ -187,7 +190,7 @@ def build(config: Config, vocab_size: int, device) -> tuple[Transformer, Fira, i
     if setting is None:
         groups = param_groups(model, rank=None)
     else:
-        flags = {name: getattr(config, name) for name in ("rank", "update_proj_gap", "alpha", "alpha_mode", "gamma")}
+        flags = {name: getattr(config, name) for name in GROUP_FLAGS}
         groups = param_groups(model, **setting | flags | ({"gamma": None} if config.gamma == math.inf else {}))
     try:
         optimizer = Fira(groups, lr=config.lr, weight_decay=config.weight_decay)
