@@ -80,7 +80,7 @@ def fira_update(
     N = torch.div(M, N, out=N)  # (r, n)
     if a_S:
         # 3. Norm-based scaling: how much did Adam scale each column?
-        R_sq, N_sq = R.square().sum(0), N.square().sum(0)  # (n,)
+        R_sq, N_sq = column_norms_squared(R), column_norms_squared(N)  # (n,)
         if scaling == "column":
             phi = N_sq.sqrt_() / R_sq.sqrt().add_(1e-8)  # (n,)
         elif scaling == "matrix":
@@ -111,13 +111,15 @@ def fira_update(
             W.addmm_(P, N.to(W.dtype), alpha=-a_N)
 
 
-def alpha_coefficients(alpha: float, alpha_mode: str, scaling: str | None, only_scaling: bool, projected: bool):
-    """(a_S, a_N, a_R) of `fira_update`: the factors of φ∘G, of P N and of P (φ∘R)."""
-    if only_scaling:
+def alpha_coefficients(group: dict, projected: bool) -> tuple[float, float, float]:
+    """(a_S, a_N, a_R) of `fira_update` for a group's options: the factors of φ∘G, of P N and of P (φ∘R)."""
+    alpha = group["alpha"]
+    if group["only_scaling"]:
         return alpha, 0.0, 0.0
-    if scaling is None or not projected:  # GaLore; or nothing lies outside the subspace, S = 0
+    if group["scaling"] is None or not projected:  # GaLore; or nothing lies outside the subspace, S = 0
         return 0.0, alpha, 0.0
-    return {"paper": (alpha, alpha, alpha), "unscaled": (1.0, alpha, 1.0), "released": (1.0, alpha, alpha)}[alpha_mode]
+    modes = {"paper": (alpha, alpha, alpha), "unscaled": (1.0, alpha, 1.0), "released": (1.0, alpha, alpha)}
+    return modes[group["alpha_mode"]]
 
 
 def column_norms_squared(X: Tensor) -> Tensor:
@@ -170,32 +172,31 @@ def subspace_iteration(G: Tensor, P: Tensor) -> Tensor:
     return Q @ singular_vectors(Q.T / size @ G, P.shape[1])  # Adam works elementwise: vectors, not just their span
 
 
-def random_projection(m: int, rank: int, seed: int) -> Tensor:
+def random_projection(m: int, rank: int, seed: int, dtype: torch.dtype) -> Tensor:
     """Q (m, rank) of a seeded Gaussian's QR; drawn on the CPU, so it is the same on every device and process."""
-    return torch.linalg.qr(torch.randn(m, rank, generator=torch.Generator().manual_seed(seed))).Q
+    return torch.linalg.qr(torch.randn(m, rank, dtype=dtype, generator=torch.Generator().manual_seed(seed))).Q
 
 
 def find_projection(G: Tensor, P: Tensor | None, rank: int, proj_method: str, seed: int) -> Tensor:
-    """A new P (m, rank) with orthonormal columns for the gradient G (m, n) after the old P, if there is one."""
-    device = G.device
+    """A new P (m, rank) with orthonormal columns for the gradient G (m, n), after the old P if there is one."""
+    device, dtype = G.device, torch.promote_types(G.dtype, torch.float32)
     if proj_method == "random":
-        return random_projection(G.shape[0], rank, seed).to(device)
-    if device.type == "mps":
-        G = G.cpu()  # where torch has no eigh
-    G = G.to(torch.promote_types(G.dtype, torch.float32))
+        return random_projection(G.shape[0], rank, seed, dtype).to(device)
+    G = G.to("cpu" if device.type == "mps" else device, dtype)  # Apple's GPUs have no eigh
     if proj_method == "svd":
         return singular_vectors(G / G.abs().max(), rank).to(device)
-    iterations = 1 if P is not None else 4  # more from a random start
-    P = random_projection(G.shape[0], rank, seed) if P is None else P
+    iterations = 1
+    if P is None:
+        P, iterations = random_projection(G.shape[0], rank, seed, dtype), 4
     for _ in range(iterations):
         P = subspace_iteration(G, P.to(G))
     return P.to(device)
 
 
-def projects_right(shape: torch.Size, proj_type: str) -> bool:
-    """Whether P acts on the columns (n) of an (m, n) matrix; if not, it acts on the rows (m)."""
-    tall = shape[0] >= shape[1]
-    return {"std": tall, "reverse_std": not tall, "left": False, "right": True}[proj_type]
+def oriented(X: Tensor, proj_type: str) -> Tensor:
+    """X with the side that is projected as its rows: X itself, or its transpose."""
+    tall = X.shape[0] >= X.shape[1]
+    return X.T if {"std": tall, "reverse_std": not tall, "left": False, "right": True}[proj_type] else X
 
 
 class Fira(torch.optim.Optimizer):
@@ -204,7 +205,7 @@ class Fira(torch.optim.Optimizer):
     A parameter group with a `rank` must hold matrices; one without is torch's AdamW, fused where torch
     has it. The state of a projected weight, in an orientation with the projected side m first, is
     `projection` (m, r) in the weight's dtype, `exp_avg` and `exp_avg_sq` (r, n) in float32 (float64 for
-    float64 weights), `prev_norm` () and the number `step`. At rank ≥ the short side nothing is
+    float64 weights), `prev_norm` () and the numbers `step` and `index`, the parameter's place. At rank ≥ the short side nothing is
     projected, and the update is α N.
 
     Args:
@@ -220,8 +221,16 @@ class Fira(torch.optim.Optimizer):
         alpha: α, GaLore's factor.
         proj_type: which side is projected: "std" the short one, "reverse_std" the long one,
             "left" the rows, "right" the columns.
-        proj_method: "svd", the leading singular vectors of the gradient, or "random", a seeded random
-            orthonormal basis.
+        proj_method: how P is chosen: "svd", the leading singular vectors of the gradient; "subspace", one
+            step of subspace iteration towards them from the old P, at a fraction of the time; "random",
+            an orthonormal basis from a seed.
+        moments: what becomes of M and V when P changes, which they were computed with. None of it depends
+            on the signs that a LAPACK happens to give singular vectors.
+            "align"  they stay, and each new vector gets the sign with which it points along the old
+                     vector in its place.
+            "keep"   they stay, as in the authors' release; each vector's largest entry is positive.
+            "rotate" M is carried over to the new basis, M ← P_newᵀ P_old M; V stays.
+        spread: change the matrices' subspaces one after the other, evenly over the T steps, not all at once.
         scaling: φ: "column" one for each column (Fira), "matrix" one for the matrix (Fira-matrix),
             "unit" 1 (GaLore-add), None 0 (GaLore).
         only_scaling: update by α S alone with S = φ∘G (Fira-only-scaling; with "random": APOLLO).
@@ -230,10 +239,6 @@ class Fira(torch.optim.Optimizer):
             "paper"     α (P N + S), Algorithm 1.
             "unscaled"  α P N + S, Equation 10 with GaLore's α on GaLore's term alone.
             "released"  α P N + φ∘(G − α P R), what the authors' code computes.
-
-    When the subspace changes, the moments stay as they are, as in the release, but the new singular
-    vectors' signs, which are arbitrary, are chosen so that each points along the old vector in its
-    place. So the result does not depend on the signs that a LAPACK happens to return.
 
     Raises:
         ValueError: an option is out of its range, or a group with a rank holds something else than matrices.
@@ -295,9 +300,9 @@ class Fira(torch.optim.Optimizer):
         Raises:
             RuntimeError: there are several processes.
         """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() > 1:
-                raise RuntimeError("step_in_backward() would update before the processes' gradients are averaged")
+        processes = torch.distributed
+        if processes.is_available() and processes.is_initialized() and processes.get_world_size() > 1:
+            raise RuntimeError("step_in_backward() would update before the processes' gradients are averaged")
 
         @torch.no_grad()
         def update(number, p):
@@ -332,43 +337,42 @@ class Fira(torch.optim.Optimizer):
                 state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
                 state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
             return False
-        G = p.grad.T if projects_right(p.shape, group["proj_type"]) else p.grad  # (m, n)
-        projected = r < min(G.shape)
+        m, n = oriented(p, group["proj_type"]).shape
         if not state:
+            params = [q for group in self.param_groups for q in group["params"]]
+            state["index"] = next(i for i, q in enumerate(params) if q is p)
             state["step"] = 0
-            state["exp_avg"] = G.new_zeros(r if projected else G.shape[0], G.shape[1], dtype=dtype)
+            state["exp_avg"] = p.new_zeros(r if r < min(m, n) else m, n, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
-            state["prev_norm"] = G.new_full((), math.inf, dtype=dtype)  # no norm yet: no limit yet
-            state["index"] = next(i for i, q in enumerate(self._parameters()) if q is p)
-        if not projected:
-            return False
-        T, offset = group["update_proj_gap"], 0
-        if group["spread"]:  # evenly over the T steps
-            offset = state["index"] * T // sum(1 for _ in self._parameters())
-        if "projection" in state and (state["step"] - offset) % T:
+            state["prev_norm"] = p.new_full((), math.inf, dtype=dtype)  # no norm yet: no limit yet
+        T, count = group["update_proj_gap"], len(group["params"])
+        offset = state["index"] % count * T // count if group["spread"] else 0
+        if r >= min(m, n) or ("projection" in state and (state["step"] - offset) % T):
             return False
         lowest, highest = torch.aminmax(p.grad)
         if not (lowest.isfinite() and highest.isfinite()):
-            raise FloatingPointError(
-                f"a gradient is not finite, and its subspace is to be chosen in step {state['step'] + 1}: {self._name(p)}"
-            )
-        return bool(lowest < highest or lowest)  # else no direction to choose from: the old P stays, or the first one waits
+            step = state["step"] + 1
+            raise FloatingPointError(f"not finite in step {step}, which chooses its subspace: {self._name(p)}")
+        return bool(lowest or highest)  # else there is no direction: the old P stays, or the first one waits
+
+    def _name(self, p: Tensor) -> str:
+        number = next(i for i, group in enumerate(self.param_groups) if any(p is q for q in group["params"]))
+        return f"the gradient of a parameter of shape {tuple(p.shape)} in group {number}"
 
     def _change_subspaces(self, due: list[tuple[Tensor, dict]]) -> None:
-        def find(p, group):
-            state = self.state[p]
-            G = p.grad.T if projects_right(p.shape, group["proj_type"]) else p.grad
+        arguments = []  # of `find_projection`
+        for p, group in due:
+            state, G = self.state[p], oriented(p.grad, group["proj_type"])
             seed = 1_000_003 * state["index"] + state["step"]
-            return find_projection(G, state.get("projection"), group["rank"], group["proj_method"], seed)
-
+            arguments.append((G, state.get("projection"), group["rank"], group["proj_method"], seed))
         if len(due) > 1 and all(p.device.type == "cpu" for p, _ in due):
-            # One matrix on each core: a second core makes LAPACK little faster on one matrix.
+            # A matrix for each core: on one matrix, LAPACK gains little from a second core.
             threads = torch.get_num_threads()
             with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                found = list(pool.map(find, *zip(*due)))
-            torch.set_num_threads(threads)  # threads yet to come would start with 1 else
+                found = list(pool.map(find_projection, *zip(*arguments)))
+            torch.set_num_threads(threads)  # or all threads to come would start with 1
         else:
-            found = [find(*one) for one in due]
+            found = [find_projection(*one) for one in arguments]
         for (p, group), P in zip(due, found):
             state = self.state[p]
             old = state.get("projection")
@@ -380,15 +384,6 @@ class Fira(torch.optim.Optimizer):
                 M = state["exp_avg"]
                 M.copy_(P.T.to(M.dtype) @ (old.to(M.dtype) @ M))
             state["projection"] = P.to(p.dtype).contiguous()
-
-    def _parameters(self):
-        return (p for group in self.param_groups for p in group["params"])
-
-    def _name(self, p: Tensor) -> str:
-        """Which parameter it is, in words."""
-        for number, group in enumerate(self.param_groups):
-            if any(p is q for q in group["params"]):
-                return f"the parameter of shape {tuple(p.shape)} in group {number}"
 
     def _step_adamw(self, group: dict, params: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
@@ -406,18 +401,15 @@ class Fira(torch.optim.Optimizer):
         c_t = math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
         projected = group["rank"] < min(p.shape)
         if "projection" in state or not projected:  # else every gradient was zero so far
-            right = projects_right(p.shape, group["proj_type"])
             fira_update(
-                p.T if right else p,
-                p.grad.T if right else p.grad,
+                oriented(p, group["proj_type"]),
+                oriented(p.grad, group["proj_type"]),
                 state.get("projection"),
                 state["exp_avg"],
                 state["exp_avg_sq"],
                 state["prev_norm"],
-                torch.tensor(lr * c_t, dtype=torch.float64),
-                coefficients=alpha_coefficients(
-                    group["alpha"], group["alpha_mode"], group["scaling"], group["only_scaling"], projected
-                ),
+                torch.tensor(lr * c_t, dtype=state["exp_avg"].dtype),
+                coefficients=alpha_coefficients(group, projected),
                 **{k: group[k] for k in ("betas", "eps", "scaling", "gamma")},
             )
         if group["weight_decay"]:
@@ -532,6 +524,6 @@ def state_bytes(groups: list[dict]) -> int:
             elif r >= min(p.shape):
                 total += 2 * p.numel() * moment + moment
             else:
-                m, n = reversed(p.shape) if projects_right(p.shape, group.get("proj_type", "std")) else p.shape
+                m, n = oriented(p, group.get("proj_type", "std")).shape
                 total += m * r * p.element_size() + (2 * n * r + 1) * moment
     return total

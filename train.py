@@ -65,7 +65,7 @@ TRAINING = {
     "gpt2": PAPER | {"steps": 100_000, "rank": 256, "block_size": 1024, "batch_size": 12, "grad_accum": 40},
 }
 ALPHA_MODES, PROJ_METHODS, MOMENTS = (fira.CHOICES[name] for name in ("alpha_mode", "proj_method", "moments"))
-GROUP_FLAGS = ("rank", "update_proj_gap", "alpha", "alpha_mode", "proj_method", "moments", "gamma")
+GROUP_FLAGS = ("rank", "update_proj_gap", "alpha", "alpha_mode", "proj_method", "moments", "spread", "gamma")
 LOG_INTERVAL = 10  # steps
 EVAL_TOKENS = 2**17  # of the validation split, the same at every evaluation
 SAMPLE_TOKENS = 400
@@ -94,6 +94,8 @@ class Config:
     alpha_mode: str = flag("unscaled", "what α multiplies: unscaled, paper or released", choices=ALPHA_MODES)
     proj_method: str | None = flag(None, "how the subspace is found: svd, subspace or random", choices=PROJ_METHODS)
     moments: str = flag("align", "Adam's moments at a subspace change: keep, align or rotate", choices=MOMENTS)
+    spread: bool = flag(False, "change the matrices' subspaces one after the other, not all in one step")
+    layerwise: bool = flag(False, "update each weight during backward and free its gradient at once")
     gamma: float | None = flag(None, "γ of the norm-growth limiter, inf for none (1.01)", min=1)
     weight_decay: float = flag(0.0, "decoupled weight decay", min=0)
     grad_clip: float = flag(0.0, "largest norm of the gradient, 0 for no clipping", min=0)
@@ -125,6 +127,8 @@ class Config:
                 setattr(self, name, value)
         if self.warmup is None:
             self.warmup = self.steps // 10
+        if self.layerwise and (self.grad_accum > 1 or self.grad_clip):
+            raise InputError("--layerwise frees each gradient at once: it needs --grad_accum 1 and no --grad_clip")
         return self
 
     @property
@@ -335,6 +339,10 @@ def train(config: Config, given: dict, resume: bool) -> None:
     model, optimizer, adamw_bytes = build(config, meta["vocab_size"], device)
     bf16_there = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp" and not bf16_there)
+    if config.layerwise:
+        if scaler.is_enabled():
+            raise InputError("--layerwise with fp16, whose gradients are scaled: take another --precision")
+        optimizer.step_in_backward()
     autocast = nullcontext()
     if config.precision == "amp":
         autocast = torch.autocast(device.type, torch.bfloat16 if bf16_there else torch.float16)
@@ -382,31 +390,34 @@ def train(config: Config, given: dict, resume: bool) -> None:
     forward = torch.compile(model) if config.compile else model
     seconds = optimizer_seconds = measured_steps = 0
     losses, optimizer_spans = [], []  # of the steps since the last log line; on the device until then
+
+    def load(step):
+        cuda, step_windows = device.type == "cuda", batch(train_tokens, config, step)
+        return (step_windows.pin_memory() if cuda else step_windows).to(device, non_blocking=cuda)
+
+    step_windows = load(start + 1)
     clock = time.perf_counter()
     with tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True) as bar:
         for step in range(start + 1, config.steps + 1):
             lr = learning_rate(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            step_windows = batch(train_tokens, config, step)
-            if device.type == "cuda":
-                step_windows = step_windows.pin_memory()
-            loss = 0.0
-            for w in step_windows.to(device, non_blocking=device.type == "cuda"):  # (batch_size, block_size + 1)
-                with autocast:
-                    part = forward(w[:, :-1], w[:, 1:]) / config.grad_accum
-                scaler.scale(part).backward()
-                loss += part.detach()
-            losses.append(loss)
-            optimizer_start = mark(device)
-            if config.grad_clip:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            problem = None
+            loss, problem, optimizer_start = 0.0, None, mark(device)
             try:
+                for w in step_windows:  # (batch_size, block_size + 1)
+                    with autocast:
+                        part = forward(w[:, :-1], w[:, 1:]) / config.grad_accum
+                    scaler.scale(part).backward()
+                    loss += part.detach()
+                step_windows = load(step + 1)  # while the device works
+                optimizer_start = mark(device)
+                if config.grad_clip:
+                    scaler.unscale_(optimizer)
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
                 scaler.step(optimizer)
             except FloatingPointError as error:
                 problem = f"at step {step}, {error}"
+            losses.append(loss)
             scaler.update()
             optimizer.zero_grad()
             optimizer_spans.append((optimizer_start, mark(device)))
