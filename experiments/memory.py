@@ -1,0 +1,95 @@
+"""Memory of training: counted for the paper's sizes, and measured in a real step.
+
+    python -m experiments.memory                     # 60m to 7b, from our own code, without allocating anything
+    python -m experiments.memory --measure nano      # the peak of three training steps with each optimizer
+
+Counted are weights, gradients and optimizer state, in the 16-bit weights of the paper's Table 3
+(https://arxiv.org/abs/2410.01623), with its vocabulary of 32,000. "16-bit state" takes two bytes for
+every number of the state, as the paper's column does; "ours" is what this code keeps: P in the weights'
+dtype and Adam's moments in float32, because a bfloat16 V does not decay at β₂ = 0.999.
+The rest of the difference to the paper's column: it multiplies rounded parameter counts (full-rank:
+60M × 8 bytes = 0.48 G, where this model has 58.1M), its 350m figures are in GiB, and for Fira and GaLore
+it leaves 0.12 G for all state at 60m, where the moments of embeddings and head alone take 0.13 G.
+"""
+
+import argparse
+import subprocess
+import sys
+
+import torch
+
+from fira import param_groups, state_bytes
+from model import PRESETS, ModelConfig, Transformer, add_lora
+from train import TRAINING, Config, batch, build, mega, peak_bytes
+
+PAPER = {  # Table 3, in G
+    "AdamW": {"60m": 0.48, "130m": 1.01, "350m": 2.74, "1b": 10.40},
+    "Fira": {"60m": 0.36, "130m": 0.77, "350m": 1.90, "1b": 6.98},
+    "GaLore": {"60m": 0.36, "130m": 0.77, "350m": 1.90, "1b": 6.98},
+    "LoRA": {"60m": 0.44, "130m": 0.99, "350m": 2.12, "1b": 7.36},
+}
+MEASURED = ("adamw", "galore", "fira", "fira --layerwise", "lora")
+
+
+def count(size: str, method: str) -> tuple[int, int, int, int]:
+    """Bytes of the 16-bit weights, of their gradients, of our state, and of a state of 16-bit numbers."""
+    rank = TRAINING[size]["rank"]
+    with torch.device("meta"):
+        model = Transformer(ModelConfig.preset(size, 32_000, 256))
+        if method == "LoRA":
+            add_lora(model, rank)
+    low_rank = rank if method in ("Fira", "GaLore") else None
+    numbers = state_bytes(param_groups(model, low_rank)) // 4  # of float32 each
+    model.bfloat16()
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return sum(p.nbytes for p in model.parameters()), gradients, state_bytes(param_groups(model, low_rank)), 2 * numbers
+
+
+def measure(size: str, method: str, device: str) -> int:
+    """Peak bytes of three training steps on random tokens; of the whole process on a CPU."""
+    optimizer, *layerwise = method.split(" --")
+    config = Config(
+        optimizer=optimizer, model=size, precision="fp32", layerwise=bool(layerwise), grad_accum=1
+    ).resolve()
+    device = torch.device(device)
+    model, optimizer, _ = build(config, 32_000, device)
+    if config.layerwise:
+        optimizer.step_in_backward()
+    tokens = torch.randint(32_000, (100_000,)).numpy()
+    config.batch_size = 1  # the less for activations, the more is seen of the rest
+    for step in range(3):
+        windows = batch(tokens, config, step).to(device)[0]
+        model(windows[:, :-1], windows[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return peak_bytes(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", choices=PRESETS, metavar="MODEL", help=f"one of {', '.join(PRESETS)}")
+    parser.add_argument("--method", choices=MEASURED, help="only this one, and only its number")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    if args.method:
+        print(measure(args.measure, args.method, args.device))
+    elif args.measure:
+        print(f"peak memory of training {args.measure} in float32 on {args.device}, batch 1 × block_size tokens")
+        for method in MEASURED:  # each in a process of its own
+            command = [sys.executable, "-m", "experiments.memory", "--method", method, "--device", args.device]
+            run = subprocess.run([*command, "--measure", args.measure], capture_output=True, text=True, check=True)
+            print(f"{method:18} {mega(int(run.stdout)):>10}")
+    else:
+        print(f"{'G (1e9 bytes)':22} weights gradients  state: ours  16-bit   total: ours  16-bit   paper")
+        for size in ("60m", "130m", "350m", "1b", "7b"):
+            for method, paper in PAPER.items():
+                weights, gradients, ours, short = (n / 1e9 for n in count(size, method))
+                print(
+                    f"{size:5} {method:6} rank {TRAINING[size]['rank']:<5} {weights:7.2f} {gradients:9.2f} "
+                    f"{ours:12.2f} {short:7.2f} {weights + gradients + ours:13.2f} {weights + gradients + short:7.2f} "
+                    f"{format(paper[size], '7.2f') if size in paper else '      -'}"
+                )
+
+
+if __name__ == "__main__":
+    main()
