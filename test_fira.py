@@ -245,6 +245,9 @@ def test_subspace_iteration_converges_to_the_singular_vectors(shape, dtype):
     assert errors[-1] < (1e-6 if dtype == torch.float32 else 1e-12)
     assert all(new < old / 4 + 1e-6 for old, new in itertools.pairwise(errors))
     assert all(torch.allclose(P.T @ P, torch.eye(5, dtype=dtype), atol=1e-5) for P in bases)
+    for P in bases:  # and they are as near to singular vectors as their span allows: PᵀGGᵀP is diagonal
+        ritz = P.T @ G @ G.T @ P
+        torch.testing.assert_close(ritz, ritz.diagonal().diag(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("proj_method", ["svd", "subspace"])
