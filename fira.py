@@ -221,9 +221,9 @@ class Fira(torch.optim.Optimizer):
         alpha: α, GaLore's factor.
         proj_type: which side is projected: "std" the short one, "reverse_std" the long one,
             "left" the rows, "right" the columns.
-        proj_method: how P is chosen: "svd", the leading singular vectors of the gradient; "subspace", one
-            step of subspace iteration towards them from the old P, at a fraction of the time; "random",
-            an orthonormal basis from a seed.
+        proj_method: how P is chosen: "svd", the leading singular vectors of the gradient (the paper's);
+            "subspace", one step of subspace iteration towards them from the old P, at a fraction of the
+            time; "random", an orthonormal basis from a seed.
         moments: what becomes of M and V when P changes, which they were computed with. None of it depends
             on the signs that a LAPACK happens to give singular vectors.
             "align"  they stay, and each new vector gets the sign with which it points along the old
@@ -259,7 +259,7 @@ class Fira(torch.optim.Optimizer):
         update_proj_gap: int = 200,
         alpha: float = 0.25,
         proj_type: str = "std",
-        proj_method: str = "svd",
+        proj_method: str = "subspace",
         moments: str = "align",
         spread: bool = False,
         scaling: str | None = "column",

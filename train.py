@@ -40,8 +40,8 @@ METHODS = {
     "fira": (1e-2, {}),
     "fira_matrix": (1e-2, {"scaling": "matrix"}),
     "fira_only_scaling": (1e-2, {"only_scaling": True}),
-    "galore": (1e-2, {"scaling": None}),
-    "galore_add": (1e-2, {"scaling": "unit", "gamma": math.inf}),
+    "galore": (1e-2, {"scaling": None, "proj_method": "svd"}),
+    "galore_add": (1e-2, {"scaling": "unit", "gamma": math.inf, "proj_method": "svd"}),
     "apollo": (1e-2, {"only_scaling": True, "proj_method": "random"}),
     "apollo_mini": (1e-2, {"only_scaling": True, "proj_method": "random", "scaling": "matrix", "rank": 1}),
     "adamw": (2e-3, None),
@@ -118,7 +118,7 @@ class Config:
             if "max" in f.metadata and value > f.metadata["max"]:
                 raise InputError(f"--{f.name} {value} must be at most {f.metadata['max']}")
         lr, setting = METHODS[self.optimizer]
-        defaults = {"lr": lr, "gamma": 1.01, "proj_method": "svd", **TRAINING[self.model], **(setting or {})}
+        defaults = {"lr": lr, "gamma": 1.01, "proj_method": "subspace", **TRAINING[self.model], **(setting or {})}
         if "apollo" in self.optimizer:  # what its release does with its Gaussian projection and its `scale`
             d_model, scale = PRESETS[self.model][1], 128 if self.optimizer == "apollo_mini" else 1
             defaults["alpha"] = math.sqrt(scale * min(self.rank or defaults["rank"], d_model) / d_model)

@@ -26,14 +26,9 @@ TABLE = {
 }
 VARIANTS = TABLE | {
     "fira-svd": "--proj_method svd",
-    "fira-subspace": "--proj_method subspace",
     "fira-random": "--proj_method random",
-    "fira-svd-keep": "--proj_method svd --moments keep",
-    "fira-svd-rotate": "--proj_method svd --moments rotate",
-    "fira-subspace-keep": "--proj_method subspace --moments keep",
-    "fira-subspace-rotate": "--proj_method subspace --moments rotate",
-    "fira-random-keep": "--proj_method random --moments keep",
-    "fira-random-rotate": "--proj_method random --moments rotate",
+    "fira-keep": "--moments keep",
+    "fira-rotate": "--moments rotate",
     "adamw-5e-4": "--optimizer adamw --lr 5e-4",
     "adamw-1e-3": "--optimizer adamw --lr 1e-3",
     "adamw-3e-3": "--optimizer adamw --lr 3e-3",
