@@ -646,7 +646,7 @@ def test_bad_parameters_and_gradients_are_refused():
         param_groups(small_model(), rank=2, scale=0.25)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("proj_method", fira.CHOICES["proj_method"])
 def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(bad, proj_method):
     good, sick = nn.Parameter(torch.ones(4, 8)), nn.Parameter(torch.ones(5, 9))
