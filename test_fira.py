@@ -670,6 +670,68 @@ def test_param_groups_of_a_transformer():
     assert len(groups[1]["params"]) == 2  # the head is the embedding, and the positions
 
 
+def random_tokens():
+    return torch.randint(61, (24, 17), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_hugging_face_trainer_resumes_bit_for_bit(tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    size = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {"bos_token_id": 1, "eos_token_id": 2}
+    if kind == "llama":
+        config, matrices = transformers.LlamaConfig(**size, **special, intermediate_size=80), 2 * 7
+    else:
+        config, matrices = transformers.GPT2Config(**size, **special, n_positions=16), 2 * 4
+    ends = []
+    for checkpoint in (None, tmp_path / "checkpoint-4"):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        if checkpoint:  # or a run from scratch would pass
+            torch.nn.utils.vector_to_parameters(torch.zeros(10**6), model.parameters())
+        optimizer = Fira(param_groups(model, rank=8, update_proj_gap=3), lr=1e-2)
+        assert [len(g["params"]) for g in optimizer.param_groups[:2]] == [matrices, 2]  # GPT-2's head is tied
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), max_steps=8, save_steps=4, per_device_train_batch_size=4, use_cpu=True, report_to=[]
+        )
+        data = [{"input_ids": tokens, "labels": tokens} for tokens in random_tokens()[:, :16]]
+        trainer = transformers.Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        ends.append(model)
+    assert all(torch.equal(a, b) for a, b in zip(ends[0].parameters(), ends[1].parameters()))
+    torch.load(tmp_path / "checkpoint-4" / "optimizer.pt", weights_only=True)
+
+
+def test_lightning_resumes_bit_for_bit(tmp_path):
+    lightning = pytest.importorskip("lightning")
+
+    class Lit(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = small_model()
+
+        def training_step(self, batch, _):
+            return self.model(batch[:, :-1], batch[:, 1:])
+
+        def configure_optimizers(self):
+            return Fira(param_groups(self, rank=8, update_proj_gap=3), lr=1e-2)
+
+    ends = []
+    for checkpoint in (None, tmp_path / "step=6.ckpt"):
+        keep = lightning.pytorch.callbacks.ModelCheckpoint(
+            tmp_path, "{step}", every_n_train_steps=6, save_top_k=-1, enable_version_counter=False
+        )
+        trainer = lightning.Trainer(
+            max_steps=12, accelerator="cpu", logger=False, callbacks=keep, gradient_clip_val=1.0
+        )
+        ends.append(Lit())
+        if checkpoint:
+            torch.nn.utils.vector_to_parameters(torch.zeros(10**6), ends[-1].parameters())
+        trainer.fit(ends[-1], torch.utils.data.DataLoader(random_tokens(), batch_size=4), ckpt_path=checkpoint)
+    assert all(torch.equal(a, b) for a, b in zip(ends[0].parameters(), ends[1].parameters()))
+
+
 # The model
 
 
