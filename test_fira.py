@@ -24,7 +24,7 @@ import fira
 import prepare_data
 import train as train_script
 from fira import Fira, param_groups, state_bytes
-from model import ModelConfig, Transformer, add_lora
+from model import ModelConfig, Transformer, add_lora, export, load_pretrained
 
 ROOT = Path(__file__).resolve().parent
 SHARED = ROOT.parent / "shared" / "data"  # two real inputs that some machines have beside the project
@@ -785,12 +785,385 @@ def test_lora_starts_as_the_same_function_and_freezes_the_blocks():
     torch.testing.assert_close(layer(x), x @ (layer.linear.weight + 32 / 4 * layer.B @ layer.A).T)
 
 
-def test_generate_goes_past_the_context():
-    model = small_model()
-    tokens = model.generate(torch.tensor([[1, 2, 3]]), 40)
-    assert tokens.shape == (1, 43) and tokens[0, :3].tolist() == [1, 2, 3] and tokens.max() < 61
-    greedy = model.generate(torch.tensor([[1, 2, 3]]), 3, top_k=1)
-    assert greedy[0, 3] == model(torch.tensor([[1, 2, 3]]))[0, -1].argmax()
+def uncached(model, tokens, n_new, temperature, top_k):
+    """What generate does, with the whole context through the model for every token."""
+    for _ in range(n_new):
+        logits = model(torch.tensor([tokens]))[0, -1]
+        if temperature == 0:
+            tokens = [*tokens, logits.argmax().item()]
+        else:
+            kept, ids = (logits / temperature).topk(min(top_k, 61))
+            tokens = [*tokens, ids[torch.multinomial(kept.softmax(-1), 1)].item()]
+    return tokens
+
+
+def wide_model(kind="llama", **options):
+    """Weights large enough that the next token depends on all before it."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(61, 16, kind, 32, 80, 4, 2, **options))
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.4)
+    return model
+
+
+@pytest.mark.parametrize("temperature, top_k", [(0, 50), (0.7, 5), (1.5, 1000)])
+@pytest.mark.parametrize("kind, options", [("llama", {}), ("gpt2", {}), ("llama", {"n_kv_heads": 2, "head_dim": 6})])
+def test_generate_with_its_cache_is_sampling_without(kind, options, temperature, top_k):
+    model = wide_model(kind, **options)
+    torch.manual_seed(1)
+    expected = uncached(model, [1, 2, 3], 13, temperature, top_k)
+    torch.manual_seed(1)
+    assert list(model.generate(torch.tensor([1, 2, 3]), 13, temperature, top_k)) == expected[3:]
+    assert len(set(expected)) > 3
+    torch.manual_seed(1)
+    assert list(model.generate([60] * 9 + [1, 2, 3], 0, temperature, top_k)) == []
+
+
+def test_generate_goes_past_the_context_at_a_bounded_cost(monkeypatch):
+    model, calls, plain = wide_model(), [], Transformer.forward
+
+    def counted(self, tokens, **options):
+        calls.append(tokens.tolist()[0])
+        return plain(self, tokens, **options)
+
+    prompt, written = list(range(20)), []
+    monkeypatch.setattr(Transformer, "forward", counted)
+    for i, token in enumerate(model.generate(prompt, 40, temperature=0)):
+        assert len(calls) == i + 1  # each as soon as it is there
+        written.append(token)
+    assert torch.is_grad_enabled() and len(written) == 40 and not any(isinstance(t, torch.Tensor) for t in written)
+    assert calls[0] == prompt[-16:]
+    again = [i for i, call in enumerate(calls) if len(call) > 1]
+    assert again == [0, 1, 9, 17, 25, 33] and all(len(calls[i]) == 9 for i in again[1:])
+    monkeypatch.undo()
+    for i in again:  # where the cache is new, the tokens are those of the model on what it was filled from
+        assert written[i] == model(torch.tensor([calls[i]]))[0, -1].argmax()
+    with pytest.raises(ValueError, match="needs a token"):
+        next(model.generate([], 1))
+    short = Transformer(ModelConfig(61, 1))
+    assert len(list(short.generate([1, 2], 5))) == 5
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_checkpointing_computes_the_same_from_less_memory(kind):
+    model, tokens = small_model(kind), torch.randint(61, (4, 17))
+    gradients, held = [], []
+    for model.checkpointing in (False, True):
+        saved = {}
+        saved = {}
+
+        def keep(x, saved=saved):
+            saved[x.data_ptr()] = x.nbytes
+            return x
+
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+        held.append(sum(saved.values()) - sum(p.nbytes for p in model.parameters() if p.data_ptr() in saved))
+        loss.backward()
+        gradients.append([loss.detach()] + [p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert held[1] < held[0] / 2
+    assert len(list(model.generate([1], 20))) == 20
+
+
+# Hugging Face checkpoints
+
+
+LLAMA = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 24,
+}
+GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24, "bos_token_id": 0}
+CHECKPOINTS = {
+    "llama": LLAMA,
+    "grouped": LLAMA | {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "one_kv_head": LLAMA | {"num_key_value_heads": 1, "head_dim": 6},
+    "theta": LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 1e-2},
+    "biases": LLAMA | {"attention_bias": True, "mlp_bias": True},
+    "gpt2": GPT2,
+    "gpt2_untied": GPT2 | {"tie_word_embeddings": False, "layer_norm_epsilon": 1e-2},
+    "gpt2_wide": GPT2 | {"n_inner": 48, "activation_function": "gelu_pytorch_tanh"},
+}
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """A function: transformers' model with random weights, as it saves it to tmp_path / "hf"."""
+    transformers = pytest.importorskip("transformers")
+
+    def make(name="llama", dtype=torch.float32, base=False):
+        cls = transformers.GPT2Config if "gpt2" in name else transformers.LlamaConfig
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(cls(**CHECKPOINTS[name]))
+        for p in model.parameters():  # biases and norms too
+            nn.init.normal_(p, std=0.3)
+        model = model.to(dtype).eval()
+        (model.base_model if base else model).save_pretrained(tmp_path / "hf")
+        return model.float()
+
+    return make
+
+
+def assert_same_logits(ours, theirs):
+    tokens = torch.randint(61, (3, ours.config.block_size), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        torch.testing.assert_close(ours(tokens), expected, rtol=1e-4, atol=1e-4)
+    assert expected.std() > 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_pretrained_model_computes_what_transformers_does(theirs, tmp_path, name, dtype):
+    expected = theirs(name, dtype)
+    model = load_pretrained(tmp_path / "hf")
+    assert model.config.block_size == 24 and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert_same_logits(model, expected)
+    assert_same_logits(load_pretrained(str(tmp_path / "hf"), block_size=10), expected)
+    kept = load_pretrained(tmp_path / "hf", dtype=None)
+    assert {p.dtype for p in kept.parameters()} == {dtype}
+    assert all(torch.equal(a.float(), b) for a, b in zip(kept.parameters(), model.parameters()))
+    assert (model.head.weight is model.embedding.weight) == expected.config.tie_word_embeddings
+    model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).backward()  # trainable, and the file stays as it is
+    Fira(param_groups(model, rank=4), lr=0.1).step()
+    assert_same_logits(load_pretrained(tmp_path / "hf"), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_transformers_loads_what_export_writes(theirs, tmp_path, name, dtype):
+    transformers = pytest.importorskip("transformers")
+    theirs(name, dtype)
+    model = load_pretrained(tmp_path / "hf", block_size=12, dtype=None)
+    export(model, tmp_path / "out", end_of_text=7)
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.dtype == dtype and again.config.eos_token_id == again.config.bos_token_id == 7
+    original = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
+    assert original.keys() == again.state_dict().keys()
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in original.items())
+    assert_same_logits(model.float(), again.float())
+    assert load_pretrained(tmp_path / "out", block_size=12).config == model.config
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_trained_model_and_its_lora_are_exported(tmp_path, kind):
+    model, tokens = wide_model(kind, tied=kind == "llama"), torch.randint(61, (2, 16))
+    export(model, tmp_path / "plain")
+    again = load_pretrained(tmp_path / "plain")
+    assert again.config == model.config and torch.equal(again(tokens), model(tokens))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    add_lora(model, rank=4)
+    for name, p in model.named_parameters():
+        if name.endswith(".B"):
+            nn.init.normal_(p, std=0.1)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    export(model, tmp_path / "plain")  # over the other
+    torch.testing.assert_close(load_pretrained(tmp_path / "plain")(tokens), model(tokens), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(again(tokens), model(tokens), rtol=0.1)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    with pytest.raises(ValueError, match="no place"):
+        export(wide_model("gpt2", n_kv_heads=2), tmp_path / "grouped")
+    assert not (tmp_path / "grouped").exists()
+
+
+def test_an_export_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
+    export(small_model(), tmp_path)
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(number):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        export(wide_model("gpt2"), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
+
+
+def refuses(folder, says, **options):
+    with pytest.raises(ValueError) as error:
+        load_pretrained(folder, **options)
+    message = str(error.value)
+    assert says in message and str(folder) in message and "\n" not in message and len(message) < 500, message
+
+
+@pytest.mark.parametrize(
+    "kind, change, says",
+    [
+        ("llama", {"model_type": "mistral"}, "model_type 'mistral'"),
+        ("llama", {"model_type": None}, "model_type None"),
+        ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architectures ['LlamaForSeq"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling {'type': 'linear'"),
+        ("llama", {"rope_scaling": {"factor": 2.0}}, "rope_scaling"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_parameters {'rope_type': 'll"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope_parameters"),
+        ("llama", {"rope_parameters": [1]}, "rope_parameters [1]"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config {'bits': 4}"),
+        ("llama", {"sliding_window": 8}, "sliding_window 8"),
+        ("llama", {"auto_map": {"AutoModel": "x"}}, "auto_map"),
+        ("llama", {"is_encoder_decoder": True}, "is_encoder_decoder True"),
+        ("llama", {"hidden_size": "32"}, "hidden_size is '32'"),
+        ("llama", {"hidden_size": 32.0}, "hidden_size is 32.0"),
+        ("llama", {"vocab_size": -1}, "vocab_size is -1"),
+        ("llama", {"vocab_size": True}, "vocab_size is True"),
+        ("llama", {"hidden_size": None}, "hidden_size is None"),
+        ("llama", {"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
+        ("llama", {"rope_theta": "1e4"}, "rope_theta is '1e4'"),
+        ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
+        ("llama", {"num_attention_heads": 5}, "5 heads"),
+        ("llama", {"num_key_value_heads": 3}, "3 key and value heads"),
+        ("llama", {"head_dim": 7}, "heads of 7"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function 'relu'"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights False"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
+        ("gpt2", {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn True"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention True"),
+        ("gpt2", {"pruned_heads": {"0": [1]}}, "pruned_heads"),
+        ("gpt2", {"n_layer": 3}, "lacks 'transformer.h.2.attn.c_attn.bias' and 11 more"),
+        ("gpt2", {"n_layer": 1}, "has the unknown 'transformer.h.1"),
+        ("gpt2", {"n_inner": None}, "not floating [32, 128]"),
+        ("gpt2", {"tie_word_embeddings": False}, "lacks 'lm_head.weight'"),
+    ],
+    ids=str,
+)
+def test_a_model_that_would_compute_something_else_is_refused(tmp_path, kind, change, says):
+    export(small_model(kind), tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    load_pretrained(tmp_path)
+    path.write_text(json.dumps(fields | change))
+    refuses(tmp_path, says)
+
+
+def test_fields_are_read_as_old_and_new_files_write_them(tmp_path):
+    export(small_model(), tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    for change, theta in (
+        ({"rope_theta": 500}, 500),
+        ({"rope_scaling": {"type": "default"}, "rope_theta": 7.0}, 7),
+        ({"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 9.0}}, 9),
+        ({"attention_dropout": 0.1, "num_key_value_heads": None, "pretraining_tp": 2, "use_cache": False}, 10000),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(fields | change))
+        assert load_pretrained(tmp_path).config.rope_theta == theta
+    for field in ("rope_theta", "head_dim", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "mlp_bias"):
+        del fields[field]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert load_pretrained(tmp_path).config == small_model().config
+    del fields["hidden_size"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    refuses(tmp_path, "has no hidden_size")
+    for damaged in (b"{", b"\xff\xfe", b"[" * 100_000, b"", b"[]"):
+        (tmp_path / "config.json").write_bytes(damaged)
+        refuses(tmp_path, "config.json")
+
+
+def split_file(path):
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    return json.loads(whole[8 : 8 + length]), whole[8 + length :]
+
+
+def join_file(path, header, data):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    export(small_model(), tmp_path)
+    path = tmp_path / "model.safetensors"
+    good = path.read_bytes()
+    header, data = split_file(path)
+    join_file(path, json.dumps(header).encode() + b"   ", data)  # a header of an odd length is not an error
+    tokens = torch.tensor([[1, 2, 3]])
+    assert torch.equal(load_pretrained(tmp_path)(tokens), small_model()(tokens))
+    for cut in (0, 1, 7, 8, 9, 100, len(good) - len(data), len(good) - 1):
+        path.write_bytes(good[:cut])
+        refuses(tmp_path, "is damaged")
+    for length in (0, 1, len(good), len(good) - 7, 2**63, 2**64 - 1):
+        path.write_bytes(length.to_bytes(8, "little") + good[8:])
+        refuses(tmp_path, "is damaged: its header")
+    path.write_bytes(good + b"x")
+    refuses(tmp_path, "bytes after the last tensor")
+    for text in (b"{}}", b"[]", b'"ab"', b"\xff\xff", b"[" * 100_000, b'{"a": 1}', b'{"a": {}}', b'{"a": null}'):
+        join_file(path, text, data)
+        refuses(tmp_path, "the header is not that of a safetensors file")
+    join_file(path, json.dumps(header).encode()[:-1] + b', "model.norm.weight": 1}', data)
+    refuses(tmp_path, "a name is there twice")
+
+    first, second = "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"  # (61, 32) and (32,)
+    assert [entry["data_offsets"][1] for entry in (header[first], header[second])] == [7808, 7936]
+    for name, change, says in (
+        (second, {"data_offsets": [7808, 10**12]}, "do not fit"),
+        (second, {"data_offsets": [0, 128]}, "do not fit"),  # over the first
+        (second, {"data_offsets": [7936, 7808]}, "do not fit"),
+        (second, {"data_offsets": [-128, 0]}, "safetensors file"),
+        (second, {"data_offsets": [7808.0, 7936.0]}, "safetensors file"),
+        (second, {"data_offsets": [7808]}, "safetensors file"),
+        (second, {"data_offsets": "ab"}, "safetensors file"),
+        (second, {"data_offsets": None}, "safetensors file"),
+        (second, {"shape": [33]}, "do not fit"),
+        (second, {"shape": [True, 32]}, "safetensors file"),
+        (second, {"shape": [-32]}, "safetensors file"),
+        (second, {"shape": [32, 1]}, "[32, 1], not floating [32]"),
+        (second, {"shape": 32}, "safetensors file"),
+        (first, {"shape": [32, 61]}, "[32, 61], not floating [61, 32]"),
+        (second, {"dtype": "F16"}, "do not fit"),
+        (second, {"dtype": "I32"}, "torch.int32 [32], not floating"),
+        (second, {"dtype": "F8_E4M3"}, "the dtype 'F8_E4M3'"),
+        (second, {"dtype": ["F32"]}, "safetensors file"),
+    ):
+        join_file(path, header | {name: header[name] | change}, data)
+        refuses(tmp_path, says)
+    join_file(path, {n: e for n, e in header.items() if n != second}, data)  # a gap
+    refuses(tmp_path, "do not fit")
+    join_file(path, {n.replace(second, "model.extra"): e for n, e in header.items()}, data)
+    refuses(tmp_path, f"lacks {second!r}")
+    join_file(path, header | {"model.extra": {"dtype": "F32", "shape": [0], "data_offsets": [len(data)] * 2}}, data)
+    refuses(tmp_path, "has the unknown 'model.extra'")
+    join_file(path, header | {"norm.weight": {"dtype": "F32", "shape": [0], "data_offsets": [len(data)] * 2}}, data)
+    refuses(tmp_path, "with its prefix and without")
+
+
+@pytest.mark.parametrize("name", ["grouped", "gpt2"])
+def test_names_without_prefix_and_the_buffers_of_old_files(theirs, tmp_path, name):
+    expected, path = theirs(name, base=True), tmp_path / "hf" / "model.safetensors"
+    header, data = split_file(path)
+    assert not any(key.startswith(("model.", "transformer.")) for key in header)
+    assert_same_logits(load_pretrained(tmp_path / "hf"), expected)
+    for buffer in ("h.0.attn.bias", "h.1.attn.masked_bias", "layers.0.self_attn.rotary_emb.inv_freq"):
+        header[buffer] = {"dtype": "U8", "shape": [1, 1, 2], "data_offsets": [len(data), len(data) + 2]}
+        data += b"\1\0"
+    join_file(path, header, data)
+    assert_same_logits(load_pretrained(tmp_path / "hf"), expected)
+    embedding = expected.get_input_embeddings().weight.detach().numpy().tobytes()
+    for head, same in ((embedding, True), (bytes(len(embedding)), False)):  # some files hold a tied head
+        entry = {"dtype": "F32", "shape": [61, 32], "data_offsets": [len(data), len(data) + len(head)]}
+        join_file(path, header | {"lm_head.weight": entry}, data + head)
+        if same:
+            assert_same_logits(load_pretrained(tmp_path / "hf"), expected)
+        else:
+            refuses(tmp_path / "hf", "lm_head.weight is not the embedding")
+
+
+def test_what_is_not_one_whole_checkpoint_is_refused(tmp_path):
+    refuses(tmp_path / "nothing", "no config.json")
+    export(small_model(), tmp_path)
+    refuses(tmp_path, "a context of 17 tokens", block_size=17)
+    refuses(tmp_path, "a context of 0 tokens", block_size=0)
+    (tmp_path / "model.safetensors").unlink()
+    refuses(tmp_path, "no model.safetensors in")
+    (tmp_path / "pytorch_model.bin").touch()
+    refuses(tmp_path, "but pytorch_model.bin")
+    (tmp_path / "model.safetensors.index.json").touch()
+    refuses(tmp_path, "but model.safetensors.index.json")
 
 
 # The data
