@@ -24,7 +24,6 @@ import gzip
 import hashlib
 import http.client
 import json
-import math
 import os
 import random
 import shutil
@@ -129,8 +128,9 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
             if code == 416:  # the server has no more than what is here, but called that version incomplete
                 part.unlink()
             if wait is None or not (code in (416, 429) or code >= 500):
-                advice = "run this again to try to go on, or get the file by other means and pass its path"
-                raise InputError(f"cannot download {url} ({error}): {advice}") from None
+                raise InputError(
+                    f"cannot download {url} ({error}): try again later, or pass the path of a copy"
+                ) from None
             print(f"{path.name}: {error}; trying again in {wait} s")
             time.sleep(wait)
     if not intact(part, sha256):
@@ -158,10 +158,8 @@ def fetch(url: str, part: Path, etag: Path) -> None:
         ):
             etag.unlink()  # so the next attempt begins anew
             raise ConnectionError("the server sent another part than it was asked for")
-        with (
-            open(part, "ab" if have else "wb") as file,
-            tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem) as bar,
-        ):
+        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem)
+        with bar, open(part, "ab" if have else "wb") as file:
             etag.write_text(sent)
             while content := response.read(2**16):
                 file.write(content)
@@ -180,7 +178,7 @@ class Part(NamedTuple):
 
     path: Path
     start: int = 0  # bytes of uncompressed text
-    end: float = math.inf
+    end: int = sys.maxsize
     tenth: bool | None = None  # of JSON lines: True for every tenth document, False for the others, None for all
 
 
@@ -247,14 +245,12 @@ def find_source(source: str, glob: str, shards: int) -> tuple[str, str, list[Par
         return source, description, *split_files(stdlib_files(), Path(sysconfig.get_path("stdlib")))
     if source in SOURCES:
         suffix, sha256, _, train_url, val_url = SOURCES[source]
-        train = [DATA / ".downloads" / f"{source}-train-{i:05d}{suffix}" for i in range(shards)]
-        for i, path in enumerate(train):
-            download(train_url.format(i), path, sha256)
-        if val_url is None:
-            return source, train_url, *split_file(train[0])
-        val = DATA / ".downloads" / f"{source}-val{suffix}"
-        download(val_url, val)
-        return source, f"{train_url}, shards: {shards}", [Part(path) for path in train], [Part(val)]
+        urls = {f"train-{i:05d}": train_url.format(i) for i in range(shards)} | ({"val": val_url} if val_url else {})
+        paths = [DATA / ".downloads" / f"{source}-{file}{suffix}" for file in urls]  # whatever the server says
+        for url, path in zip(urls.values(), paths):
+            download(url, path, sha256)
+        splits = ([Part(path) for path in paths[:-1]], [Part(paths[-1])]) if val_url else split_file(paths[0])
+        return source, f"{train_url}, {shards} of {most}" if most > 1 else train_url, *splits
     path = Path(source)
     if not source or not path.exists():
         names = sorted({*NAMES, *(meta.parent.name for meta in DATA.glob("*/meta.json"))})
@@ -288,15 +284,15 @@ def text_blocks(part: Part, bar: tqdm) -> Iterator[str | None]:
             try:
                 text += decode(content, final=not content or place + len(content) == part.end)
             except UnicodeDecodeError as error:
-                near = place + error.start
-                raise InputError(f"{part.path} is not UTF-8 text (near byte {near}); convert it first") from None
+                place += error.start
+                raise InputError(f"{part.path} is not UTF-8 text (near byte {place}); convert it first") from None
             place += len(content)
             bar.update(raw.tell() - counted)
             counted = raw.tell()
-            *whole, text = text.split(END_OF_TEXT) if stories else (text, "")
-            for block in whole:
+            *blocks, text = text.split(END_OF_TEXT) if stories else (text, "")
+            for block in blocks:
                 yield from (block.strip(), None) if stories else (block,)
-        if place < part.end < math.inf:
+        if place < part.end < sys.maxsize:
             raise InputError(f"{part.path} became shorter while it was read")
     yield from (text.strip(), None)
 
@@ -334,15 +330,13 @@ def batches(parts: list[Part], bar: tqdm) -> Iterator[list[str | None]]:
                 yield batch
                 batch, size = [], 0
             text += block or ""
-            n = len(text)
-            if block is None and text:
-                batch += [text, None]
-                size, text = size + n, ""
-            elif n >= PIECE:
-                places = range(n - 1, max(0, n - PIECE // 4), -1)
-                cut = next((i for i in places if text[i] in " \n" and not text[i - 1].isspace()), 0)
-                cut = n - 1 if not cut and n >= 16 * PIECE else cut
-                batch += [text[:cut]] * (cut > 0)
+            cut = n = len(text)
+            if block is not None:  # the document goes on
+                places = range(n - 1, max(0, n - PIECE // 4), -1) if n >= PIECE else ()
+                anywhere = n - 1 if n >= 16 * PIECE else 0
+                cut = next((i for i in places if text[i] in " \n" and not text[i - 1].isspace()), anywhere)
+            if cut:
+                batch += [text[:cut], None] if block is None else [text[:cut]]
                 size, text = size + cut, text[cut:]
     if batch:
         yield batch[:-1]  # the last document's end separates nothing
@@ -442,15 +436,11 @@ def ensure(source: str) -> str:
     if is_path:
         meta = load(name)[0]
         if meta["source"] != str(path.resolve()):
-            raise InputError(
-                f"data/{name} was prepared from another place; to replace it, run prepare_data.py {source}"
-            )
+            raise InputError(f"data/{name} was prepared from another place; to replace it: prepare_data.py {source}")
         size = meta.get("source_bytes", meta["train_bytes"] + meta["val_bytes"])
         if path.is_file() and size != path.stat().st_size:
-            raise InputError(
-                f"{source} has changed since data/{name} was prepared: run prepare_data.py {source}, or use the old "
-                f"text with --data {name}"
-            )
+            advice = f"run prepare_data.py {source}, or use the old text with --data {name}"
+            raise InputError(f"{source} has changed since data/{name} was prepared: {advice}")
     return name
 
 
@@ -479,12 +469,9 @@ def load(name: str) -> tuple[dict, np.ndarray, np.ndarray]:
             expected = n * np.dtype(meta["dtype"]).itemsize
             if path.stat().st_size != expected:
                 raise InputError(f"{path} has {path.stat().st_size} bytes, not {expected}; run prepare_data.py again")
-            tokens = np.memmap(path, meta["dtype"], "r") if n else np.empty(0, meta["dtype"])
-            for i in range(0, n, 2**24):
-                if (highest := tokens[i : i + 2**24].max()) >= meta["vocab_size"]:
-                    last = meta["vocab_size"] - 1
-                    raise InputError(f"{path} holds the token {highest}, the last is {last}; run prepare_data.py again")
-            arrays.append(tokens)
+            arrays.append(np.memmap(path, meta["dtype"], "r"))
+            if (highest := arrays[-1].max()) >= (n := meta["vocab_size"]):
+                raise InputError(f"{path} holds the token {highest}, the last is {n - 1}; run prepare_data.py again")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{folder} is incomplete or damaged ({error}); run prepare_data.py again") from None
     return meta, *arrays
