@@ -1,32 +1,40 @@
 """Text in, tokens out: data/<name>/{train.bin, val.bin, meta.json}.
 
     python prepare_data.py                      # stdlib: the sources of this Python's standard library
-    python prepare_data.py shakespeare          # Tiny Shakespeare, downloaded
+    python prepare_data.py shakespeare          # Tiny Shakespeare, 1 MB, downloaded
+    python prepare_data.py tinystories          # TinyStories by GPT-4 (Eldan and Li, 2023), 2 GB
+    python prepare_data.py c4 --shards 4        # English C4, the paper's corpus: 4 of 1024 shards, 0.3 GB each
     python prepare_data.py notes.txt            # your own text; the last 10 % is for validation
+    python prepare_data.py notes.jsonl.gz       # a {"text": ...} a line; every tenth document is for validation
     python prepare_data.py folder --glob "*.md" # your own files; 5 % of the files are for validation
     python prepare_data.py notes.txt --tokenizer gpt2
 
 The .bin files are plain arrays of token ids, in the smallest of uint8, uint16 and uint32 that holds the
-vocabulary; documents are separated by end-of-text. All tokenizing is tiktoken's.
+vocabulary; documents are separated by end-of-text. All tokenizing is tiktoken's. Text streams from the disk,
+so a corpus may be larger than the memory; a single document of JSON lines or TinyStories may not.
 """
 
 import argparse
 import base64
 import codecs
+import contextlib
 import difflib
+import fcntl
+import gzip
 import hashlib
 import http.client
 import json
 import os
 import random
-import re
 import shutil
 import sys
 import sysconfig
 import tempfile
+import time
 import urllib.request
+import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -36,14 +44,23 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 from tqdm import tqdm
 
-DATA = Path("data")
-NAMES = ("stdlib", "shakespeare")
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+HUB = "https://huggingface.co/datasets/"
+C4 = HUB + "allenai/c4/resolve/main/en/c4-"
+STORIES = HUB + "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SOURCES = {  # name: format, SHA-256 if known, number of shards, training URL ({} is the shard), validation URL
+    "shakespeare": (".txt", SHAKESPEARE_SHA256, 1, SHAKESPEARE, None),
+    "tinystories": (".stories.txt", None, 1, STORIES + "train.txt", STORIES + "valid.txt"),
+    "c4": (".json.gz", None, 1024, C4 + "train.{:05d}-of-01024.json.gz", C4 + "validation.00000-of-00008.json.gz"),
+}
+NAMES = ("stdlib", *SOURCES)
+DATA = Path("data")
 END_OF_TEXT = "<|endoftext|>"
 META = {"name", "source", "tokenizer", "vocab_size", "dtype", "sha256"}
 META |= {"train_tokens", "val_tokens", "train_bytes", "val_bytes", "bytes_per_token"}
-PIECE = 2**20  # bytes of text that are tokenized at a time
+PIECE = 2**20  # about how much text, in bytes or characters, is read and tokenized at a time
+WAITS = (1, 2, 4, 8, 16)  # seconds before each new attempt of a download that does not get on
 
 
 class InputError(Exception):
@@ -89,186 +106,279 @@ def get_encoding(tokenizer: str) -> tiktoken.Encoding:
     return tiktoken.Encoding(tokenizer, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
+# Downloads
+
+
+def intact(path: Path, sha256: str | None) -> bool:
+    return sha256 is None or hashlib.sha256(path.read_bytes()).hexdigest() == sha256  # a hash is given for small files
+
+
+def download(url: str, path: Path, sha256: str | None = None) -> None:
+    """Fetch url to path, unless it is there; a broken download is taken up where it stopped. Raises InputError."""
+    if path.exists() and intact(path, sha256):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, etag = path.with_name(path.name + ".part"), path.with_name(path.name + ".etag")
+    for wait in (*WAITS, None):
+        try:
+            fetch(url, part, etag)
+            break
+        except (OSError, http.client.HTTPException) as error:
+            code = getattr(error, "code", 500)  # an HTTP status; what failed without one may go better next time
+            if code == 416:  # the server has no more than what is here, but called that version incomplete
+                part.unlink()
+            if wait is None or not (code in (416, 429) or code >= 500):
+                raise InputError(
+                    f"cannot download {url} ({error}): try again later, or pass the path of a copy"
+                ) from None
+            print(f"{path.name}: {error}; trying again in {wait} s")
+            time.sleep(wait)
+    if not intact(part, sha256):
+        size = part.stat().st_size
+        part.unlink()
+        raise InputError(f"{url} sent {size} bytes that are not the expected file (SHA-256 differs)")
+    part.replace(path)
+    etag.unlink()
+
+
+def fetch(url: str, part: Path, etag: Path) -> None:
+    """One attempt to append to part what it lacks; etag holds the server's name for the version that it is of."""
+    version = etag.read_text() if etag.exists() else ""
+    have = part.stat().st_size if version and part.exists() else 0
+    headers = {"Range": f"bytes={have}-", "If-Range": version} if have else {}
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
+        sent = response.headers["ETag"] or "W/"
+        if sent.startswith("W/"):  # a weak one may be the same for files that differ
+            sent = response.headers["Last-Modified"] or ""
+        if response.status != 206:  # the whole file: the server knows no ranges, or the file has changed
+            have = 0
+        total = None if response.length is None else have + response.length
+        if have and (
+            sent != version or response.headers["Content-Range"] != f"bytes {have}-{(total or 0) - 1}/{total}"
+        ):
+            etag.unlink()  # so the next attempt begins anew
+            raise ConnectionError("the server sent another part than it was asked for")
+        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem)
+        with bar, open(part, "ab" if have else "wb") as file:
+            etag.write_text(sent)
+            while content := response.read(2**16):
+                file.write(content)
+                bar.update(len(content))
+            file.flush()
+            os.fsync(file.fileno())
+    if total not in (None, part.stat().st_size):
+        raise ConnectionError(f"the connection broke off after {part.stat().st_size:,} of {total:,} bytes")
+
+
 # Sources
 
 
-class Document(NamedTuple):
+class Part(NamedTuple):
+    """Documents of one file."""
+
     path: Path
-    start: int  # bytes
-    end: int
-
-
-def whole(path: Path) -> Document:
-    return Document(path, 0, path.stat().st_size)
+    start: int = 0  # bytes of uncompressed text
+    end: int = sys.maxsize
+    tenth: bool | None = None  # of JSON lines: True for every tenth document, False for the others, None for all
 
 
 def stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     files = [path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts)]
-    return [path for path in files if is_utf8(path.read_bytes())]
+    contents = ((path, path.read_bytes()) for path in files)
+    return [path for path, content in contents if content.decode(errors="ignore").encode() == content]  # UTF-8
 
 
-def is_utf8(content: bytes) -> bool:
+def is_jsonl(path: Path) -> bool:
+    return path.name.removesuffix(".gz").endswith((".jsonl", ".json"))
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple]:
+    """(the file, the same uncompressed)"""
     try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+        with open(path, "rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
+            yield raw, file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path} is damaged or no gzip file ({error}); delete it and get it again") from None
 
 
-def split_files(files: list[Path], root: Path) -> tuple[list[Document], list[Document]]:
+def split_files(files: list[Path], root: Path) -> tuple[list[Part], list[Part]]:
     """Shuffled with a fixed seed; 5 % of the files, at least one, are for validation."""
     files = sorted((path for path in files if path.stat().st_size), key=lambda path: path.relative_to(root).as_posix())
     if len(files) < 2:
         raise InputError(f"{root} has {len(files)} matching files that are not empty; two are needed (--glob?)")
     random.Random(0).shuffle(files)
     n_val = max(1, len(files) // 20)
-    return [whole(path) for path in files[n_val:]], [whole(path) for path in files[:n_val]]
+    return [Part(path) for path in files[n_val:]], [Part(path) for path in files[:n_val]]
 
 
-def split_text(path: Path) -> tuple[list[Document], list[Document]]:
-    """The last 10 % of a file, cut at a line where there is one, are for validation."""
-    size = path.stat().st_size
-    if size == 0:
-        raise InputError(f"{path} is empty")
-    cut = size * 9 // 10
-    with open(path, "rb") as file:
-        file.seek(cut)
-        line_end = cut + len(file.readline(PIECE))
-        file.seek(line_end - 1)
-        if line_end < size and file.read(1) == b"\n":
-            cut = line_end
+def split_file(path: Path) -> tuple[list[Part], list[Part]]:
+    """For validation: of JSON lines the 2nd, 12th, 22nd ... document; of text the last 10 %, cut at a line."""
+    if is_jsonl(path):
+        return [Part(path, tenth=False)], [Part(path, tenth=True)]
+    with opened(path) as (_, file):
+        size = file.seek(0, os.SEEK_END)
+        if size == 0:
+            raise InputError(f"{path} is empty")
+        cut = file.seek(size * 9 // 10)
+        line = file.readline(PIECE)
+        if line.endswith(b"\n") and cut + len(line) < size:
+            cut += len(line)
         else:  # one huge line: cut it between two characters
-            file.seek(cut)
-            while cut < size and 0x80 <= file.read(1)[0] < 0xC0:
-                cut += 1
-    return [Document(path, 0, cut)], [Document(path, cut, size)]
+            cut += len(line) - len(line.lstrip(bytes(range(0x80, 0xC0))))
+    return [Part(path, 0, cut)], [Part(path, cut, size)]
 
 
-def download(url: str, path: Path, sha256: str) -> None:
-    """Fetch a small file to path, unless it is there already; what fails the hash is not kept."""
-    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
-        return
-    print(f"downloading {url}")
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            content = response.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise InputError(f"cannot download {url} ({error}); get the file by other means and pass its path") from None
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise InputError(f"{url} sent {len(content)} bytes that are not the expected file (SHA-256 differs)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+def name_of(path: Path) -> str:
+    return Path(path.resolve().name.removesuffix(".gz")).stem
 
 
-def find_source(source: str, glob: str) -> tuple[str, str, list[Document], list[Document]]:
-    """(name, description, training documents, validation documents) of a NAME or PATH."""
+def find_source(source: str, glob: str, shards: int) -> tuple[str, str, list[Part], list[Part]]:
+    """(name, description, training parts, validation parts) of a NAME or PATH."""
+    most = SOURCES[source][2] if source in SOURCES else 1
+    if not 1 <= shards <= most:
+        raise InputError(f"--shards {shards}: {source} has {most}" + " (it is for c4)" * (most == 1))
     if source == "stdlib":
         description = "standard library of Python " + ".".join(map(str, sys.version_info[:3]))
         return source, description, *split_files(stdlib_files(), Path(sysconfig.get_path("stdlib")))
-    if source == "shakespeare":
-        path = DATA / "shakespeare.txt"
-        download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
-        return source, SHAKESPEARE_URL, *split_text(path)
+    if source in SOURCES:
+        suffix, sha256, _, train_url, val_url = SOURCES[source]
+        urls = {f"train-{i:05d}": train_url.format(i) for i in range(shards)} | ({"val": val_url} if val_url else {})
+        paths = [DATA / ".downloads" / f"{source}-{file}{suffix}" for file in urls]  # whatever the server says
+        for url, path in zip(urls.values(), paths):
+            download(url, path, sha256)
+        splits = ([Part(path) for path in paths[:-1]], [Part(paths[-1])]) if val_url else split_file(paths[0])
+        return source, f"{train_url}, {shards} of {most}" if most > 1 else train_url, *splits
     path = Path(source)
     if not source or not path.exists():
         names = sorted({*NAMES, *(meta.parent.name for meta in DATA.glob("*/meta.json"))})
         near = difflib.get_close_matches(source, names, 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else f"it is neither a file or folder nor one of {', '.join(names)}"
         raise InputError(f"no data {source!r}: {hint}")
-    path = path.resolve()
-    if not path.stem.isprintable() or path.stem in ("", *NAMES):
-        raise InputError(f"cannot name a data set {path.stem!r}; rename {path}")
+    path, name = path.resolve(), name_of(path)
+    if not name.isprintable() or name in ("", *NAMES):
+        raise InputError(f"cannot name a data set {name!r}; rename {path}")
     if path.is_dir():
         try:
             files = [file for file in path.rglob(glob) if file.is_file()]
         except (ValueError, NotImplementedError) as error:
             raise InputError(f"--glob {glob!r} is no pattern for names in a folder ({error})") from None
-        return path.stem, str(path), *split_files(files, path)
-    return path.stem, str(path), *split_text(path)
+        return name, str(path), *split_files(files, path)
+    return name, str(path), *split_file(path)
 
 
 # Tokenizing
 
 
-def pieces(document: Document) -> Iterator[str]:
-    """The document's text in pieces of about PIECE bytes that can be tokenized one by one.
+def text_blocks(part: Part, bar: tqdm) -> Iterator[str | None]:
+    """The text of a part in blocks, None after each document. The bar counts bytes as they lie on the disk."""
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    stories = part.path.name.endswith(".stories.txt")  # with end-of-text written between them
+    with opened(part.path) as (raw, file):
+        place = file.seek(part.start)
+        counted, text, content = raw.tell(), "", b"go"
+        while content and place < part.end:
+            content = file.read(min(PIECE, part.end - place))
+            try:
+                text += decode(content, final=not content or place + len(content) == part.end)
+            except UnicodeDecodeError as error:
+                place += error.start
+                raise InputError(f"{part.path} is not UTF-8 text (near byte {place}); convert it first") from None
+            place += len(content)
+            bar.update(raw.tell() - counted)
+            counted = raw.tell()
+            *blocks, text = text.split(END_OF_TEXT) if stories else (text, "")
+            for block in blocks:
+                yield from (block.strip(), None) if stories else (block,)
+        if place < part.end < sys.maxsize:
+            raise InputError(f"{part.path} became shorter while it was read")
+    yield from (text.strip(), None)
 
-    A cut is made before a space or line end that follows something else: no token of GPT-2's pattern
-    spans such a place, and no decision of the pattern looks across it. Only a stretch of 16 pieces
+
+def json_blocks(part: Part, bar: tqdm) -> Iterator[str | None]:
+    """The same of JSON lines."""
+    with opened(part.path) as (raw, file):
+        counted = n = 0
+        for number, line in enumerate(file, 1):
+            moved, counted = raw.tell() - counted, raw.tell()
+            n += not line.isspace()
+            if line.isspace() or part.tenth not in (None, n % 10 == 2):
+                continue
+            bar.update(moved)
+            try:
+                text = json.loads(line)["text"]
+                text.encode()  # fails if it is no text, or half a surrogate pair
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+                raise InputError(f'{part.path}, line {number}: this is no JSON object with a "text" string') from None
+            yield from (text[i : i + PIECE] for i in range(0, len(text), PIECE))
+            yield None
+
+
+def batches(parts: list[Part], bar: tqdm) -> Iterator[list[str | None]]:
+    """The parts' text in lists of some PIECE characters, each string to be tokenized alone, None between documents.
+
+    Long documents are cut before a space or line end that follows something else: no token of GPT-2's
+    pattern spans such a place, and no decision of the pattern looks across it. Only a stretch of 16 pieces
     without any is cut anywhere.
     """
-    decode = codecs.getincrementaldecoder("utf-8")().decode
-    text, left = "", document.end - document.start
-    with open(document.path, "rb") as file:
-        file.seek(document.start)
-        while left:
-            content = file.read(min(PIECE, left))
-            if not content:
-                raise InputError(f"{document.path} became shorter while it was read")
-            left -= len(content)
-            try:
-                text += decode(content, final=not left)
-            except UnicodeDecodeError as error:
-                place = document.end - left - len(content) + error.start
-                raise InputError(f"{document.path} is not UTF-8 text (near byte {place}); convert it first") from None
-            cut = max((match.start() for match in re.finditer(r"(?<=\S)[ \n]", text[-PIECE // 4 :])), default=None)
-            if not left or (cut is None and len(text) >= 16 * PIECE):
-                yield text
-                text = ""
-            elif cut is not None:
-                cut += max(0, len(text) - PIECE // 4)
-                yield text[:cut]
-                text = text[cut:]
+    batch, size, text = [], 0, ""
+    for part in parts:
+        for block in (json_blocks if is_jsonl(part.path) else text_blocks)(part, bar):
+            if size >= PIECE and block:
+                yield batch
+                batch, size = [], 0
+            text += block or ""
+            cut = n = len(text)
+            if block is not None:  # the document goes on
+                places = range(n - 1, max(0, n - PIECE // 4), -1) if n >= PIECE else ()
+                anywhere = n - 1 if n >= 16 * PIECE else 0
+                cut = next((i for i in places if text[i] in " \n" and not text[i - 1].isspace()), anywhere)
+            if cut:
+                batch += [text[:cut], None] if block is None else [text[:cut]]
+                size, text = size + cut, text[cut:]
+    if batch:
+        yield batch[:-1]  # the last document's end separates nothing
 
 
-def tokenize(documents: list[Document], encoding: tiktoken.Encoding, bar: tqdm) -> Iterator[np.ndarray]:
-    """The documents' token ids in order, end-of-text between them, tokenized on all cores."""
+def tokenize(parts: list[Part], encoding: tiktoken.Encoding, dtype: str, bar: tqdm) -> Iterator[tuple[np.ndarray, int]]:
+    """(token ids, bytes of their text) of the parts' documents in order, end-of-text between them."""
 
-    def encode(text: str) -> tuple[np.ndarray, int]:
-        return encoding.encode_to_numpy(text, disallowed_special=()), len(text.encode())
-
-    def texts() -> Iterator[str | None]:
-        for i, document in enumerate(documents):
-            if i:
-                yield None
-            yield from pieces(document)
+    def encode(batch: list[str | None]) -> tuple[np.ndarray, int]:
+        joined = "".join(END_OF_TEXT if text is None else text for text in batch)
+        n_bytes = (len(joined) if joined.isascii() else len(joined.encode())) - len(END_OF_TEXT) * batch.count(None)
+        if joined.count(END_OF_TEXT) == batch.count(None):  # one call for all, many small documents being slow
+            return encoding.encode_to_numpy(joined, allowed_special="all").astype(dtype), n_bytes
+        border = np.array([encoding.eot_token])  # a text has those characters in it, and they mean nothing there
+        arrays = [border if t is None else encoding.encode_to_numpy(t, disallowed_special=()) for t in batch]
+        return np.concatenate(arrays).astype(dtype), n_bytes
 
     n_threads = os.cpu_count() or 1
     with ThreadPoolExecutor(n_threads) as pool:
         waiting = deque()  # bounded: the memory does not grow with the corpus
-        for text in texts():
-            waiting.append(text if text is None else pool.submit(encode, text))
-            while len(waiting) > 4 * n_threads:
-                yield finish(waiting.popleft(), encoding, bar)
+        for batch in batches(parts, bar):
+            waiting.append(pool.submit(encode, batch))
+            if len(waiting) > 4 * n_threads:
+                yield waiting.popleft().result()
         while waiting:
-            yield finish(waiting.popleft(), encoding, bar)
+            yield waiting.popleft().result()
 
 
-def finish(future, encoding: tiktoken.Encoding, bar: tqdm) -> np.ndarray:
-    if future is None:
-        return np.array([encoding.eot_token])
-    tokens, n_bytes = future.result()
-    bar.update(n_bytes)
-    return tokens
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Hold the lock of the data folder, so that two preparations do not write into each other's files."""
+    DATA.mkdir(parents=True, exist_ok=True)
+    folder = os.open(DATA, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # waits
+        yield
+    finally:
+        os.close(folder)
 
 
-def write_tokens(path: Path, arrays: Iterable[np.ndarray], dtype: str, sha256) -> int:
-    """Write the arrays to a file and into the hash; returns the number of tokens."""
-    n = 0
-    with open(path, "wb") as file:
-        for tokens in arrays:
-            content = tokens.astype(dtype).tobytes()
-            file.write(content)
-            sha256.update(content)
-            n += len(tokens)
-    return n
-
-
-def prepare(source: str, tokenizer: str = "bytes", glob: str = "*.txt") -> str:
+@alone()
+def prepare(source: str, tokenizer: str = "bytes", glob: str = "*.txt", shards: int = 1) -> str:
     """Make data/<name> from a NAME or PATH; returns the name.
 
     An old data/<name> is replaced only when the new one is complete. Raises InputError.
@@ -277,23 +387,30 @@ def prepare(source: str, tokenizer: str = "bytes", glob: str = "*.txt") -> str:
     if tokenizer.endswith(".tiktoken"):
         tokenizer = str(Path(tokenizer).resolve())
         print("a .tiktoken file holds ranks only: splitting text with GPT-2's regular expression")
-    name, description, *splits = find_source(source, glob)
+    name, description, *splits = find_source(source, glob, shards)
     dtype = next(t for t in ("uint8", "uint16", "uint32") if encoding.max_token_value <= np.iinfo(t).max)
     folder = DATA / name
     recover(folder)
-    DATA.mkdir(parents=True, exist_ok=True)
+    for path in DATA.iterdir():
+        if path.name.startswith(f".{name}.new-"):  # of a preparation that was killed
+            shutil.rmtree(path)
     new = Path(tempfile.mkdtemp(prefix=f".{name}.new-", dir=DATA))
     meta = {"name": name, "source": description, "tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "dtype": dtype}
+    meta["source_bytes"] = sum(path.stat().st_size for path in {part.path for split in splits for part in split})
     sha256 = hashlib.sha256()
     try:
-        total = sum(document.end - document.start for split in splits for document in split)
-        with tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenizing {name}") as bar:
-            for split, documents in zip(("train", "val"), splits):
-                arrays = tokenize(documents, encoding, bar)
-                meta[f"{split}_tokens"] = write_tokens(new / f"{split}.bin", arrays, dtype, sha256)
-                meta[f"{split}_bytes"] = sum(document.end - document.start for document in documents)
-            if 0 in (meta["train_tokens"], meta["val_tokens"]):
-                raise InputError(f"{description} is too short to be split into training and validation text")
+        with tqdm(total=meta["source_bytes"], unit="B", unit_scale=True, desc=f"tokenizing {name}") as bar:
+            for split, parts in zip(("train", "val"), splits):
+                n_tokens = n_bytes = 0
+                with open(new / f"{split}.bin", "wb") as file:
+                    for tokens, length in tokenize(parts, encoding, dtype, bar):
+                        file.write(tokens)
+                        sha256.update(tokens)
+                        n_tokens, n_bytes = n_tokens + len(tokens), n_bytes + length
+                if n_tokens == 0:
+                    raise InputError(f"{description} is too short to be split into training and validation text")
+                meta |= {f"{split}_tokens": n_tokens, f"{split}_bytes": n_bytes}
+        total = meta["train_bytes"] + meta["val_bytes"]
         meta["bytes_per_token"] = total / (meta["train_tokens"] + meta["val_tokens"])
         meta["sha256"] = sha256.hexdigest()  # of train.bin followed by val.bin
         (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
@@ -312,19 +429,18 @@ def ensure(source: str) -> str:
     """The name of the data set for a NAME or PATH; if it is not there, it is made, with bytes as tokens."""
     path = Path(source)
     is_path = bool(source) and path.exists() and source not in NAMES and not (DATA / source / "meta.json").exists()
-    name = path.resolve().stem if is_path else source
+    name = name_of(path) if is_path else source
     recover(DATA / name)
     if not (DATA / name / "meta.json").exists():
         return prepare(source)
     if is_path:
         meta = load(name)[0]
         if meta["source"] != str(path.resolve()):
-            raise InputError(f"data/{name} was prepared from another place; to replace it, run prepare_data.py {source}")
-        if path.is_file() and meta["train_bytes"] + meta["val_bytes"] != path.stat().st_size:
-            raise InputError(
-                f"{source} has changed since data/{name} was prepared: run prepare_data.py {source}, or use the old "
-                f"text with --data {name}"
-            )
+            raise InputError(f"data/{name} was prepared from another place; to replace it: prepare_data.py {source}")
+        size = meta.get("source_bytes", meta["train_bytes"] + meta["val_bytes"])
+        if path.is_file() and size != path.stat().st_size:
+            advice = f"run prepare_data.py {source}, or use the old text with --data {name}"
+            raise InputError(f"{source} has changed since data/{name} was prepared: {advice}")
     return name
 
 
@@ -353,12 +469,9 @@ def load(name: str) -> tuple[dict, np.ndarray, np.ndarray]:
             expected = n * np.dtype(meta["dtype"]).itemsize
             if path.stat().st_size != expected:
                 raise InputError(f"{path} has {path.stat().st_size} bytes, not {expected}; run prepare_data.py again")
-            tokens = np.memmap(path, meta["dtype"], "r") if n else np.empty(0, meta["dtype"])
-            for i in range(0, n, 2**24):
-                if (highest := tokens[i : i + 2**24].max()) >= meta["vocab_size"]:
-                    last = meta["vocab_size"] - 1
-                    raise InputError(f"{path} holds the token {highest}, the last is {last}; run prepare_data.py again")
-            arrays.append(tokens)
+            arrays.append(np.memmap(path, meta["dtype"], "r"))
+            if (highest := arrays[-1].max()) >= (n := meta["vocab_size"]):
+                raise InputError(f"{path} holds the token {highest}, the last is {n - 1}; run prepare_data.py again")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{folder} is incomplete or damaged ({error}); run prepare_data.py again") from None
     return meta, *arrays
@@ -366,13 +479,14 @@ def load(name: str) -> tuple[dict, np.ndarray, np.ndarray]:
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    help = f"{', '.join(NAMES)}, a text file or a folder"
+    help = f"{', '.join(NAMES)}, a folder, or a file: text or JSON lines, either also as .gz"
     parser.add_argument("source", nargs="?", default="stdlib", metavar="NAME|PATH", help=help)
     parser.add_argument("--tokenizer", default="bytes", help="bytes (default), gpt2, or a .tiktoken file")
     parser.add_argument("--glob", default="*.txt", help='which files of a folder (default "*.txt")')
+    parser.add_argument("--shards", type=int, default=1, help="how many training shards of c4 (default 1)")
     args = parser.parse_args()
     try:
-        meta, *_ = load(prepare(args.source, args.tokenizer, args.glob))
+        meta, *_ = load(prepare(args.source, args.tokenizer, args.glob, args.shards))
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

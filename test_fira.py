@@ -3,6 +3,8 @@ full-size matrices throughout, written apart from the fast code and sharing noth
 
 import base64
 import copy
+import gzip
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -11,11 +13,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import tracemalloc
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1241,17 +1247,295 @@ def test_one_long_line_is_split_between_characters(workplace):
     decoded("line", "train").decode()
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="no Tiny Shakespeare beside the project")
-def test_tiny_shakespeare(workplace, monkeypatch):
-    monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", (SHARED / "tinyshakespeare.txt").as_uri())
-    runs(prepare_data, "shakespeare", "--tokenizer", SHARED / "r50k_base.tiktoken")
-    content = (SHARED / "tinyshakespeare.txt").read_bytes()
-    assert decoded("shakespeare", "train") + decoded("shakespeare", "val") == content and len(content) == 1_115_394
-    Path("other.txt").write_text("not that file")
-    monkeypatch.setattr(prepare_data, "SHAKESPEARE_URL", (workplace / "other.txt").as_uri())
-    Path("data/shakespeare.txt").unlink()
-    fails(prepare_data, "shakespeare", says="not the expected file")
-    assert not Path("data/shakespeare.txt").exists() and len(decoded("shakespeare", "train"))
+class Hub(BaseHTTPRequestHandler):
+    """Serves server.files as a hub of data sets does. Each request takes the next of server.plan: "" is good,
+    a number an HTTP status, the rest is named below; after the last all is good."""
+
+    def do_GET(self):
+        server, wanted = self.server, self.headers["Range"]
+        plan = server.plan.pop(0) if server.plan else ""
+        server.log.append((self.path, wanted, plan))
+        if isinstance(plan, int):
+            return self.send_error(plan)
+        if plan == "redirect":
+            self.send_response(302)
+            self.send_header("Location", "/cdn/%2e%2e/evil.txt")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        if (content := server.files.get(self.path.replace("/cdn/%2e%2e/evil.txt", "/a"))) is None:
+            return self.send_error(404)
+        etag = server.etag or '"' + hashlib.sha256(content).hexdigest() + '"'
+        ranged = wanted and plan != "no range" and self.headers["If-Range"] == etag or plan == "wrong part"
+        start = int(wanted[6:-1]) if ranged else 0
+        if start >= len(content):
+            return self.send_error(416)
+        body = content[start:]
+        self.send_response(206 if ranged else 200)
+        if ranged:
+            first = start - 1 if plan == "wrong part" else start
+            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+        self.send_header("ETag", etag)
+        self.send_header("Content-Length", len(body) + 100 * (plan == "wrong length"))
+        self.send_header("Content-Disposition", 'attachment; filename="../../evil.txt"')
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if plan == "cut" else body)
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(workplace, monkeypatch):
+    """A server of this machine instead of the network, where tests put what it serves."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files, server.plan, server.log, server.etag = {}, [], [], None
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setattr(prepare_data, "WAITS", (0,) * 5)
+    monkeypatch.setenv("no_proxy", "*")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+ONE = bytes(range(256)) * 400
+
+
+def fetched(hub, *plan, path=Path("data/.downloads/mine.bin"), **options):
+    hub.log.clear()
+    hub.plan[:] = plan
+    prepare_data.download(hub.url + "/a", path, **options)
+    return path.read_bytes()
+
+
+def test_a_download_goes_on_where_it_broke_off(hub):
+    hub.files["/a"] = ONE
+    assert fetched(hub, "cut", "cut", 500, 429) == ONE
+    half, three_quarters = len(ONE) // 2, len(ONE) * 3 // 4
+    assert [wanted for _, wanted, _ in hub.log] == [None, f"bytes={half}-"] + [f"bytes={three_quarters}-"] * 3
+    assert os.listdir("data/.downloads") == ["mine.bin"]
+    assert fetched(hub, 404) == ONE and not hub.log  # nothing is fetched twice
+    # After a kill the next process goes on, after a kill just before the last rename too:
+    for end in (1000, len(ONE)):
+        Path("data/.downloads/mine.bin").unlink()
+        Path("data/.downloads/mine.bin.part").write_bytes(ONE[:end])
+        Path("data/.downloads/mine.bin.etag").write_text('"' + hashlib.sha256(ONE).hexdigest() + '"')
+        assert fetched(hub) == ONE and hub.log[0][1] == f"bytes={end}-"
+
+
+@pytest.mark.parametrize("plan", ["no range", "changed", "weak etag", "wrong part"])
+def test_a_download_never_glues_two_versions(hub, plan):
+    hub.files["/a"], hub.etag = ONE, 'W/"1"' if plan == "weak etag" else None
+    hub.plan[:] = ["cut", *[404] * 9]
+    with pytest.raises(prepare_data.InputError, match="404"):
+        fetched(hub, "cut", 404)
+    assert os.path.getsize("data/.downloads/mine.bin.part") == len(ONE) // 2
+    if plan in ("changed", "weak etag"):
+        hub.files["/a"] = ONE[::-1]
+    assert fetched(hub, "" if plan in ("changed", "weak etag") else plan) == hub.files["/a"]
+
+
+@pytest.mark.parametrize(
+    "plan, tries, says",
+    [
+        ([404], 1, "404"),
+        ([403], 1, "403"),
+        ([500] * 9, 6, "500"),
+        ([503, 429, 404], 3, "404"),
+        (["wrong length"] + [404], 2, "404"),
+        (["wrong length"], 6, "416|broke off"),
+    ],
+    ids=str,
+)
+def test_a_download_that_fails_is_one_line_and_nothing_is_kept(hub, plan, tries, says):
+    hub.files["/a"] = ONE
+    if plan == ["wrong length"]:
+        plan = plan * 9
+        hub.etag = 'W/"1"'  # which begins anew each time
+    with pytest.raises(prepare_data.InputError, match=says) as error:
+        fetched(hub, *plan)
+    assert "\n" not in str(error.value) and hub.url in str(error.value) and len(hub.log) == tries
+    assert not Path("data/.downloads/mine.bin").exists()
+
+
+def test_a_download_without_a_server_is_one_line(hub):
+    with pytest.raises(prepare_data.InputError, match="cannot download http://127.0.0.1:1/x .*refused"):
+        prepare_data.download("http://127.0.0.1:1/x", Path("x"))
+
+
+def test_attempts_wait_longer_each_time(hub, monkeypatch):
+    waited = []
+    monkeypatch.setattr(prepare_data, "WAITS", (1, 2, 4))
+    monkeypatch.setattr(prepare_data.time, "sleep", waited.append)
+    with pytest.raises(prepare_data.InputError):
+        fetched(hub, *[500] * 9)
+    assert waited == [1, 2, 4]
+
+
+def test_the_wrong_content_is_not_kept_and_no_name_of_the_servers_is_used(hub):
+    hub.files["/a"] = ONE
+    good = hashlib.sha256(ONE).hexdigest()
+    assert fetched(hub, "redirect", sha256=good) == ONE  # to another path, with a hostile file name
+    assert {path.name for path in Path("..").rglob("*evil*")} == set()
+    Path("data/.downloads/mine.bin").write_bytes(b"damaged since")
+    assert fetched(hub, sha256=good) == ONE
+    Path("data/.downloads/mine.bin").unlink()
+    hub.files["/a"] = ONE[:-1]
+    with pytest.raises(prepare_data.InputError, match="101?,?2?399 bytes that are not the expected file"):
+        fetched(hub, sha256=good)
+    assert not list(Path("data/.downloads").glob("mine.bin*part")) and not Path("data/.downloads/mine.bin").exists()
+
+
+def lines_of(texts):
+    return "".join(json.dumps({"text": text, "url": "http://x/"}) + "\n" for text in texts).encode()
+
+
+def test_corpora_by_name(hub, monkeypatch):
+    """c4 from its shards, TinyStories from its two files, Tiny Shakespeare from one, in those formats."""
+    sources = {}
+    for name, (suffix, _, shards, train, val) in prepare_data.SOURCES.items():
+        assert name == "shakespeare" or train.startswith("https://huggingface.co/datasets/")
+        assert train.format(3).endswith({"c4": "en/c4-train.00003-of-01024.json.gz"}.get(name, "t"))
+        local = [url and hub.url + "/" + url.rpartition("/")[2] for url in (train, val)]
+        sources[name] = (
+            suffix,
+            hashlib.sha256(b"Who's there?\n" * 99).hexdigest() if not val else None,
+            shards,
+            *local,
+        )
+    monkeypatch.setattr(prepare_data, "SOURCES", sources)
+    hub.files["/input.txt"] = b"Who's there?\n" * 99
+    for i in range(3):
+        hub.files[f"/c4-train.{i:05d}-of-01024.json.gz"] = gzip.compress(
+            lines_of(f"shard {i} page {j}" for j in range(9))
+        )
+    hub.files["/c4-validation.00000-of-00008.json.gz"] = gzip.compress(lines_of(["validation", "page"]))
+    hub.files["/TinyStoriesV2-GPT4-train.txt"] = b"\nOnce there\nwas.\n<|endoftext|>\nOnce more.\n<|endoftext|>\n"
+    hub.files["/TinyStoriesV2-GPT4-valid.txt"] = b"At last.\n<|endoftext|>\nThe end \xc3\xa9\n<|endoftext|>"
+    runs(prepare_data, "shakespeare")
+    assert decoded("shakespeare", "train") + decoded("shakespeare", "val") == hub.files["/input.txt"]
+    monkeypatch.setattr(prepare_data, "PIECE", 5)
+    runs(prepare_data, "tinystories")
+    assert decoded("tinystories", "train") == b"Once there\nwas.<|endoftext|>Once more."
+    assert decoded("tinystories", "val") == "At last.<|endoftext|>The end é".encode()
+    meta, train, val = prepare_data.load("tinystories")
+    assert (train == 256).sum() == 1 and meta["train_bytes"] == 25 and meta["val_bytes"] == len("At last.The end é") + 1
+    hub.log.clear()
+    runs(prepare_data, "c4", "--shards", "2")
+    assert decoded("c4", "train").decode().split("<|endoftext|>") == [
+        f"shard {i} page {j}" for i in range(2) for j in range(9)
+    ]
+    assert decoded("c4", "val") == b"validation<|endoftext|>page" and len(hub.log) == 3
+    runs(prepare_data, "c4", "--shards", "3")
+    assert len(hub.log) == 4  # only the new shard
+    old = prepare_data.load("c4")[0]
+    fails(prepare_data, "c4", "--shards", "4", says="404")
+    assert prepare_data.load("c4")[0] == old and not [name for name in os.listdir("data") if "new" in name]
+    for arguments in (["c4", "--shards", "0"], ["c4", "--shards", "1025"], ["text.txt", "--shards", "2"]):
+        fails(prepare_data, *arguments, says="--shards")
+    assert hub.log[-1][0] == "/c4-train.00003-of-01024.json.gz"
+
+
+@pytest.mark.parametrize("name", ["docs.jsonl", "docs.jsonl.gz", "docs.json.gz", "docs.txt.gz"])
+def test_json_lines_and_gzip(workplace, monkeypatch, name):
+    texts = [f"{i} {UNICODE * (i % 5)}" for i in range(40)] + ["x" * 700 + " y" * 900]
+    content = b"\n" + lines_of([*texts, ""]) + b" \n" if "json" in name else "".join(texts).encode()
+    Path(name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    tiny_ranks("tiny.tiktoken")
+    for piece in (2**20, 1000, 100):
+        monkeypatch.setattr(prepare_data, "PIECE", piece)
+        runs(prepare_data, name, "--tokenizer", "tiny.tiktoken")
+        meta, train, val = prepare_data.load("docs")
+        encoding = prepare_data.get_encoding("tiny.tiktoken")
+        if "json" not in name:
+            texts = [decoded("docs", "train").decode(), decoded("docs", "val").decode()]
+            assert "".join(texts).encode() == content and 0.05 < len(texts[1].encode()) / len(content) <= 0.1
+            splits = ([texts[0]], [texts[1]])
+        else:
+            splits = [text for i, text in enumerate(texts) if i % 10 != 1], texts[1::10]
+        for split, tokens, documents in zip(("train", "val"), (train, val), splits):
+            ids = [encoding.encode_ordinary(text) for text in documents]
+            assert tokens.tolist() == list(itertools.chain(*([256 + 10] + each for each in ids)))[1:]
+            assert meta[f"{split}_bytes"] == sum(len(text.encode()) for text in documents)
+    assert prepare_data.ensure(name) == "docs"
+    Path(name).write_bytes(Path(name).read_bytes() + gzip.compress(lines_of(["more"])))
+    with pytest.raises(prepare_data.InputError, match="has changed since"):
+        prepare_data.ensure(name)
+
+
+def test_a_folder_may_hold_any_format(workplace):
+    Path("mixed").mkdir()
+    Path("mixed/a.txt").write_text("plain")
+    Path("mixed/b.jsonl").write_bytes(lines_of(["one", "two"]))
+    Path("mixed/c.json.gz").write_bytes(gzip.compress(lines_of(["three"])))
+    Path("mixed/d.txt.gz").write_bytes(gzip.compress(b"packed"))
+    runs(prepare_data, "mixed", "--glob", "*")
+    parts = [part for split in ("train", "val") for part in decoded("mixed", split).decode().split("<|endoftext|>")]
+    assert sorted(parts) == sorted(["plain", "one", "two", "three", "packed"])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"[1]",
+        b'{"txt": "a"}',
+        b'{"text": 5}',
+        b'{"text": null}',
+        b'"text"',
+        b"[" * 99999,
+        b'{"text": "\\ud800"}',
+        b"\xff",
+    ],
+    ids=lambda line: str(line[:20]),
+)
+def test_a_bad_line_is_named(workplace, line):
+    runs(prepare_data, "text.txt")
+    old = prepare_data.load("text")[0]
+    Path("text.jsonl").write_bytes(lines_of(["a"] * 20) + b"\n" + line + b"\n" + lines_of(["b"]))
+    fails(prepare_data, "text.jsonl", says='text.jsonl, line 22: this is no JSON object with a "text" string')
+    assert prepare_data.load("text")[0] == old and os.listdir("data") == ["text"]
+
+
+def test_damaged_gzip_is_one_line(workplace):
+    good = gzip.compress(lines_of(str(i) for i in range(5000)))
+    for bad in (good[:-100], good[:-1], good[:300] + b"damage" + good[306:], b"no gzip at all"):
+        for name in ("bad.jsonl.gz", "bad.txt.gz"):
+            Path(name).write_bytes(bad)
+            fails(prepare_data, name, says=f"{name} is damaged or no gzip file")
+    assert os.listdir("data") == []
+
+
+def test_a_corpus_is_never_in_memory_as_a_whole(workplace, monkeypatch):
+    monkeypatch.setattr(prepare_data, "PIECE", 2**14)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    texts = [f"{i} some words that are repeated, over and over\n" for i in range(60_000)]
+    Path("large.txt").write_text("".join(texts))
+    Path("large.jsonl.gz").write_bytes(gzip.compress(lines_of(texts), 1))
+    for name in ("large.txt", "large.jsonl.gz"):
+        tracemalloc.start()
+        prepare_data.prepare(name)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < prepare_data.load("large")[0]["train_bytes"] / 3, peak
+
+
+def test_what_a_killed_preparation_left_is_removed(workplace):
+    for name in (".text.new-abc", ".text2.new-abc"):
+        (Path("data") / name).mkdir(parents=True)
+        (Path("data") / name / "train.bin").write_bytes(b"half")
+    runs(prepare_data, "text.txt")
+    assert sorted(os.listdir("data")) == [".text2.new-abc", "text"]
+
+
+def test_two_preparations_take_turns(workplace):
+    with prepare_data.alone():
+        process = subprocess.Popen([sys.executable, ROOT / "prepare_data.py", "text.txt"], cwd=workplace)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(3)
+        assert os.listdir("data") == []
+    assert process.wait(60) == 0 and decoded("text", "train")
 
 
 def test_a_folder_is_split_by_file(workplace):
@@ -1347,14 +1631,32 @@ def test_a_tokenizer_file_that_is_gone_is_found_before_training(workplace):
 
 
 def test_without_network_the_gpt2_tokenizer_tells_the_ways(workplace, monkeypatch):
-    import tiktoken
-
     def offline(name):
         raise ConnectionError
 
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     line = fails(prepare_data, "text.txt", "--tokenizer", "gpt2", says="TIKTOKEN_CACHE_DIR")
     assert "online" in line and "r50k_base.tiktoken" in line
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="no GPT-2 vocabulary beside the project")
+@pytest.mark.parametrize("way", ["cache", "online"])
+def test_the_gpt2_tokenizer_comes_from_tiktokens_cache_or_the_network(workplace, monkeypatch, way):
+    """tiktoken's cache names a file after the SHA-1 of its address."""
+    address, asked = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken", []
+    content = (SHARED / "r50k_base.tiktoken").read_bytes()
+    cached = Path("cache") / hashlib.sha1(address.encode()).hexdigest()
+    if way == "cache":
+        cached.parent.mkdir()
+        cached.write_bytes(content)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "cache")
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setattr(tiktoken.load, "read_file", lambda url: asked.append(url) or content)
+    runs(prepare_data, "text.txt", "--tokenizer", "gpt2")
+    assert asked == ([] if way == "cache" else [address]) and cached.read_bytes() == content
+    assert prepare_data.load("text")[0]["tokenizer"] == "gpt2" and prepare_data.load("text")[0]["vocab_size"] == 50257
+    ids = prepare_data.get_encoding(str(SHARED / "r50k_base.tiktoken")).encode_ordinary(UNICODE)
+    assert prepare_data.get_encoding("gpt2").encode_ordinary(UNICODE) == ids
 
 
 # Training
