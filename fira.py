@@ -143,7 +143,8 @@ def adamw_update(W: list[Tensor], G: list[Tensor], M: list[Tensor], V: list[Tens
         return adamw(W, G, M, V, [], steps, **options)
     for w, g, m, v, step in zip(W, G, M, V, steps):
         w, g, m, v = map(torch.atleast_1d, (w, g, m, v))
-        rows = max(1, BLOCK * len(w) // max(1, w.numel()))
+        block = BLOCK if w.device.type == "cpu" else 2**24  # a GPU wants few large kernels
+        rows = max(1, block * len(w) // max(1, w.numel()))
         for w_, g_, m_, v_ in zip(w.split(rows), g.split(rows), m.split(rows), v.split(rows)):
             w32 = w_.to(m.dtype)
             adamw([w32], [g_.to(m.dtype)], [m_], [v_], [], [step.clone()], **options)
@@ -167,7 +168,7 @@ def singular_vectors(G: Tensor, rank: int) -> Tensor:
 
 def subspace_iteration(G: Tensor, P: Tensor) -> Tensor:
     """P (m, r) after one step of subspace iteration towards the leading left singular vectors of G (m, n)."""
-    size = G.abs().max()  # divided out before each multiplication, for gradients near the ends of float32's range
+    size = G.abs().max().clamp_(min=1e-37)  # divided out before each multiplication, which could overflow
     Q = torch.linalg.qr(G @ (G.T @ (P / size) / size)).Q
     return Q @ singular_vectors(Q.T / size @ G, P.shape[1])  # Adam works elementwise: vectors, not just their span
 
@@ -179,18 +180,19 @@ def random_projection(m: int, rank: int, seed: int, dtype: torch.dtype) -> Tenso
 
 def find_projection(G: Tensor, P: Tensor | None, rank: int, proj_method: str, seed: int) -> Tensor:
     """A new P (m, rank) with orthonormal columns for the gradient G (m, n), after the old P if there is one."""
-    device, dtype = G.device, torch.promote_types(G.dtype, torch.float32)
+    dtype = torch.promote_types(G.dtype, torch.float32)
     if proj_method == "random":
-        return random_projection(G.shape[0], rank, seed, dtype).to(device)
-    G = G.to("cpu" if device.type == "mps" else device, dtype)  # Apple's GPUs have no eigh
+        return random_projection(G.shape[0], rank, seed, dtype).to(G)
+    X = G.to("cpu" if G.device.type == "mps" else G.device, dtype)  # Apple's GPUs have no eigh
     if proj_method == "svd":
-        return singular_vectors(G / G.abs().max(), rank).to(device)
-    iterations = 1
-    if P is None:
-        P, iterations = random_projection(G.shape[0], rank, seed, dtype), 4
-    for _ in range(iterations):
-        P = subspace_iteration(G, P.to(G))
-    return P.to(device)
+        P = singular_vectors(X / X.abs().max(), rank)
+    elif P is not None:
+        P = subspace_iteration(X, P.to(X))
+    else:
+        P = random_projection(G.shape[0], rank, seed, dtype).to(X)
+        for _ in range(4):  # more from a random start
+            P = subspace_iteration(X, P)
+    return P.to(G)
 
 
 def oriented(X: Tensor, proj_type: str) -> Tensor:
@@ -205,8 +207,9 @@ class Fira(torch.optim.Optimizer):
     A parameter group with a `rank` must hold matrices; one without is torch's AdamW, fused where torch
     has it. The state of a projected weight, in an orientation with the projected side m first, is
     `projection` (m, r) in the weight's dtype, `exp_avg` and `exp_avg_sq` (r, n) in float32 (float64 for
-    float64 weights), `prev_norm` () and the numbers `step` and `index`, the parameter's place. At rank ≥ the short side nothing is
-    projected, and the update is α N.
+    float64 weights), `prev_norm` () and the numbers `step` and `index`, the parameter's place. At rank ≥
+    the short side nothing is projected, and the update is α N. 16-bit weights should be bfloat16: R and
+    the update are computed in the weights' dtype, and float16 overflows.
 
     Args:
         params: parameters or groups; `param_groups(model, rank)` makes the groups for a transformer.
@@ -243,7 +246,7 @@ class Fira(torch.optim.Optimizer):
     Raises:
         ValueError: an option is out of its range, or a group with a rank holds something else than matrices.
         RuntimeError: a gradient is sparse.
-        FloatingPointError: a gradient is not finite in a step that chooses a subspace; no weight was changed.
+        FloatingPointError: a gradient is not finite in a `step()` that chooses a subspace; no weight was changed.
     """
 
     def __init__(
@@ -295,10 +298,11 @@ class Fira(torch.optim.Optimizer):
         The gradients then never exist all at once, and `step()` finds nothing left to do. The weights are
         those of `step()`. It rules out what needs all gradients at once: accumulation over several
         backward passes, clipping by the total norm, a GradScaler, gradients averaged between processes.
-        Returns the hooks' handles; `remove()` each to undo it.
+        Returns the hooks' handles; `remove()` each to undo it. Call it once.
 
         Raises:
             RuntimeError: there are several processes.
+            FloatingPointError (in backward): as `step()`, but layers nearer the output are updated already.
         """
         processes = torch.distributed
         if processes.is_available() and processes.is_initialized() and processes.get_world_size() > 1:
@@ -313,6 +317,7 @@ class Fira(torch.optim.Optimizer):
             p.register_post_accumulate_grad_hook(partial(update, number))
             for number, group in enumerate(self.param_groups)
             for p in group["params"]
+            if p.requires_grad
         ]
 
     def _update(self, work: list[tuple[dict, list[Tensor]]]) -> None:
@@ -368,9 +373,11 @@ class Fira(torch.optim.Optimizer):
         if len(due) > 1 and all(p.device.type == "cpu" for p, _ in due):
             # A matrix for each core: on one matrix, LAPACK gains little from a second core.
             threads = torch.get_num_threads()
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                found = list(pool.map(find_projection, *zip(*arguments)))
-            torch.set_num_threads(threads)  # or all threads to come would start with 1
+            try:
+                with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                    found = list(pool.map(find_projection, *zip(*arguments)))
+            finally:
+                torch.set_num_threads(threads)  # or all threads to come would start with 1
         else:
             found = [find_projection(*one) for one in arguments]
         for (p, group), P in zip(due, found):
@@ -379,11 +386,11 @@ class Fira(torch.optim.Optimizer):
             if group["moments"] == "keep":
                 P *= P.gather(0, P.abs().argmax(0, keepdim=True)).sign()
             elif old is not None and group["moments"] == "align":
-                P *= torch.where((P * old).sum(0) < 0, -1.0, 1.0).to(P.dtype)
+                P *= torch.where((P * old).sum(0) < 0, -1.0, 1.0).to(P)
             elif old is not None:
                 M = state["exp_avg"]
                 M.copy_(P.T.to(M.dtype) @ (old.to(M.dtype) @ M))
-            state["projection"] = P.to(p.dtype).contiguous()
+            state["projection"] = P.contiguous()
 
     def _step_adamw(self, group: dict, params: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
@@ -396,7 +403,7 @@ class Fira(torch.optim.Optimizer):
     def _step_projected(self, group: dict, p: Tensor) -> None:
         state = self.state[p]
         state["step"] += 1
-        lr = -group["lr"] if group["maximize"] else group["lr"]
+        lr = float(-group["lr"] if group["maximize"] else group["lr"])
         beta1, beta2 = group["betas"]
         c_t = math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
         projected = group["rank"] < min(p.shape)
@@ -427,7 +434,8 @@ class Fira(torch.optim.Optimizer):
             for p, number in zip(group["params"], saved["params"]):
                 for name, value in final["state"].get(number, {}).items():
                     if isinstance(value, Tensor) and name != "projection":
-                        self.state[p][name] = value.to(p.device, copy=True)
+                        dtype = value.dtype if name == "step" else torch.promote_types(p.dtype, torch.float32)
+                        self.state[p][name] = value.to(p.device, dtype, copy=True)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -461,6 +469,11 @@ def check_group(group: dict) -> None:
     if group["only_scaling"] and group["scaling"] is None:
         raise ValueError("only_scaling=True needs a scaling: with scaling=None nothing would be left of the update")
     for p in group["params"]:
+        if hasattr(p, "placements"):  # a DTensor
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is sharded over several processes (FSDP, tensor parallel), and "
+                "the projection needs whole matrices: use DistributedDataParallel"
+            )
         if not p.is_floating_point():
             raise ValueError(f"a parameter of shape {tuple(p.shape)} is {p.dtype}; Fira takes real floating point only")
         if group["rank"] is not None and p.dim() != 2:
@@ -483,7 +496,7 @@ def param_groups(model: nn.Module, rank: int | None, **options) -> list[dict]:
     Raises:
         ValueError: the model has no such matrices, or there is no such option.
     """
-    if unknown := options.keys() - inspect.signature(Fira).parameters.keys():
+    if unknown := options.keys() - (inspect.signature(Fira).parameters.keys() - {"params"}):
         raise ValueError(f"Fira has no option {', '.join(sorted(unknown))}")
     in_blocks, in_embeddings = set(), set()
     for module in model.modules():

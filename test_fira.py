@@ -636,6 +636,10 @@ def test_bad_options_are_refused(options, message):
 
 
 def test_bad_parameters_and_gradients_are_refused():
+    sharded = nn.Parameter(torch.ones(4, 8))
+    sharded.placements = ()  # as a DTensor has
+    with pytest.raises(ValueError, match="whole matrices: use DistributedDataParallel"):
+        Fira([sharded], rank=2)
     with pytest.raises(ValueError, match=r"\(8,\)"):
         Fira([nn.Parameter(torch.ones(8))], rank=2)
     with pytest.raises(ValueError, match="complex"):
@@ -1851,6 +1855,48 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert torch.load(path, weights_only=True) == {"step": 1}
 
 
+def test_two_processes_train_as_one(workplace):
+    """Up to the second change of the subspaces, which amplifies what rounding differs; rank 0 alone writes."""
+    options = [*SMALL, "--steps", "20", "--grad_accum", "2", "--eval_interval", "10"]
+    runs(train_script, *options, "--out", "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done       20 steps") == 1
+    one, two = checkpoint(out="one"), checkpoint()
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=0, atol=2e-4)
+    losses = [[entry["loss"] for entry in saved["log"]] for saved in (one, two)]
+    assert len(losses[1]) == 2 and losses[1] == pytest.approx(losses[0], abs=1e-4)
+    wrong = subprocess.run([*command, *options, "--batch_size", "3"], capture_output=True, text=True)
+    assert wrong.returncode and "error: --batch_size 3 must be a multiple of the 2 processes" in wrong.stderr
+
+
+def replica(rank, folder):
+    """One of two processes that train a model on different data; all weights must be the same in both."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for proj_method in fira.CHOICES["proj_method"]:
+        model = small_model()
+        parallel = nn.parallel.DistributedDataParallel(model)
+        optimizer = Fira(param_groups(model, 8, update_proj_gap=30, proj_method=proj_method), lr=0.01)
+        generator = torch.Generator().manual_seed(rank)
+        for _ in range(200):
+            tokens = torch.randint(61, (2, 17), generator=generator)
+            parallel(tokens[:, :-1], tokens[:, 1:]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for p in model.parameters():
+            both = [torch.empty_like(p) for _ in range(2)]
+            torch.distributed.all_gather(both, p.detach())
+            assert torch.equal(*both), proj_method
+    torch.distributed.destroy_process_group()
+
+
+def test_replicas_stay_the_same_bit_for_bit(tmp_path):
+    torch.multiprocessing.spawn(replica, (str(tmp_path),), nprocs=2)
+
+
 def test_a_second_run_keeps_the_first(workplace):
     runs(train_script, *SMALL)
     first = checkpoint()
@@ -1869,6 +1915,35 @@ def test_sampling_from_a_checkpoint(workplace, capsys):
     once = capsys.readouterr().out
     runs(train_script, *SMALL, "--sample", "def main(")
     assert once.startswith("def main(") and len(once) > 200 and capsys.readouterr().out == once
+
+
+@pytest.mark.parametrize("optimizer", ["fira", "lora"])
+def test_fine_tuning_goes_on_from_an_exported_model(workplace, capsys, optimizer):
+    runs(train_script, *SMALL, "--optimizer", optimizer, "--lr", "3e-3")
+    before = json.loads(Path(f"out/nano-text-{optimizer}-seed0/result.json").read_text())
+    runs(train_script, *SMALL, "--optimizer", optimizer, "--lr", "3e-3", "--export", "exported")
+    tuning = [*SMALL, "--init_from", "exported", "--lr", "1e-6", "--optimizer", optimizer]
+    runs(train_script, *tuning)
+    after = json.loads(Path(f"out/exported-text-{optimizer}-seed0/result.json").read_text())
+    assert after["val_loss"] == pytest.approx(before["val_loss"], abs=2e-3)
+    capsys.readouterr()
+    runs(train_script, "--init_from", "exported", "--sample", "def ", "--optimizer", "adamw", "--data", "text.txt")
+    assert capsys.readouterr().out.startswith("def ")  # no run of this name: what was exported itself
+    (workplace / "exported" / "model.safetensors").unlink()
+    runs(train_script, *tuning, "--steps", "50", "--resume")  # the checkpoint has all that is needed
+    assert checkpoint(optimizer, model="exported")["step"] == 50
+    fails(train_script, *tuning, says="exported")  # but a new run has not
+
+
+def test_what_does_not_fit_a_pretrained_model_is_one_line(workplace):
+    runs(train_script, *SMALL)
+    runs(train_script, *SMALL, "--export", "exported")
+    fails(train_script, *SMALL, "--init_from", "exported", "--model", "60m", says="--model goes without --init_from")
+    fails(train_script, *SMALL, "--init_from", "nowhere", says="nowhere")
+    fails(train_script, *SMALL, "--init_from", "exported", "--block_size", "999", says="context")
+    tiny_ranks("tiny.tiktoken")
+    runs(prepare_data, "text.txt", "--tokenizer", "tiny.tiktoken")
+    fails(train_script, *SMALL, "--init_from", "exported", says="vocabulary")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(workplace, monkeypatch):

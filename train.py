@@ -5,11 +5,14 @@
     python train.py --model 60m --data notes.txt             # a larger model on your own text
     python train.py --resume                                 # go on from the last checkpoint, bit for bit
     python train.py --sample "def main("                     # let the last checkpoint write
+    python train.py --init_from gpt2 --data prepared         # fine-tune a Hugging Face GPT-2 or LLaMA checkpoint
+    python train.py --export folder                          # the last checkpoint in Hugging Face's format
 
 A run writes out/<run>/: config.json, log.jsonl, ckpt.pt, result.json and sample.txt.
 """
 
 import argparse
+import codecs
 import difflib
 import itertools
 import json
@@ -21,18 +24,21 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import fira
 import prepare_data
 from fira import Fira, param_groups, state_bytes
-from model import PRESETS, ModelConfig, Transformer, add_lora
+from model import PRESETS, ModelConfig, Transformer, add_lora, export, load_pretrained
 from prepare_data import InputError, Parser
 
 # Each method is a learning rate and a setting of `Fira`; without a setting, everything is AdamW.
@@ -63,7 +69,13 @@ TRAINING = {
     "1b": PAPER | {"steps": 100_000, "rank": 512, "alpha": 0.0625},
     "7b": PAPER | {"steps": 150_000, "rank": 1024, "alpha": 0.0625},
     "gpt2": PAPER | {"steps": 100_000, "rank": 256, "block_size": 1024, "batch_size": 12, "grad_accum": 40},
+    # --init_from: fine-tuning, at a tenth of the method's learning rate
+    "pretrained": PAPER
+    | {"steps": 500, "rank": 16, "block_size": None, "batch_size": 8, "grad_accum": 1, "update_proj_gap": 100},
 }
+GPT2_URL = "https://huggingface.co/openai-community/gpt2/resolve/main/"
+TOKENIZERS = {257: "bytes", 50257: "gpt2"}  # by vocabulary, to sample from a pretrained model
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 ALPHA_MODES, PROJ_METHODS, MOMENTS = (fira.CHOICES[name] for name in ("alpha_mode", "proj_method", "moments"))
 GROUP_FLAGS = ("rank", "update_proj_gap", "alpha", "alpha_mode", "proj_method", "moments", "spread", "gamma")
 LOG_INTERVAL = 10  # steps
@@ -81,11 +93,12 @@ class Config:
 
     optimizer: str = flag("fira", f"one or several of {', '.join(METHODS)}", choices=METHODS)
     model: str = flag("nano", f"one of {', '.join(PRESETS)}", choices=PRESETS)
+    init_from: str | None = flag(None, "start from this folder's Hugging Face checkpoint, or from gpt2, downloaded")
     data: str = flag("stdlib", "stdlib, shakespeare, a text file, or what prepare_data.py has prepared")
     steps: int | None = flag(None, "optimizer steps", min=1)
     batch_size: int | None = flag(None, "sequences in a forward pass", min=1)
     grad_accum: int | None = flag(None, "forward passes in a step", min=1)
-    block_size: int | None = flag(None, "tokens in a sequence", min=1)
+    block_size: int | None = flag(None, "tokens in a sequence (256, or the pretrained model's context)", min=1)
     lr: float | None = flag(None, "peak learning rate", min=0)
     warmup: int | None = flag(None, "steps of linear warm-up (a tenth of the steps)", min=0)
     rank: int | None = flag(None, "rank of the projection, or of LoRA", min=1)
@@ -103,6 +116,9 @@ class Config:
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str | None = flag(None, "fp32, amp or bf16 (amp on CUDA, else fp32)", choices=("fp32", "amp", "bf16"))
     compile: bool = flag(False, "compile the model")
+    checkpointing: bool = flag(False, "recompute activations in backward: less memory, about a third more time")
+    temperature: float = flag(0.8, "of sampling; 0 takes the likeliest token", min=0)
+    top_k: int = flag(50, "sample among this many tokens", min=1)
     eval_interval: int = flag(250, "steps between evaluations, each with a checkpoint", min=1)
     out: str = flag("out", "folder for the runs")
 
@@ -117,11 +133,15 @@ class Config:
                 raise InputError(f"--{f.name} {value} must be at least {f.metadata['min']}")
             if "max" in f.metadata and value > f.metadata["max"]:
                 raise InputError(f"--{f.name} {value} must be at most {f.metadata['max']}")
+        if self.init_from and self.model != Config.model:
+            raise InputError("--model goes without --init_from, which brings its own")
         lr, setting = METHODS[self.optimizer]
-        defaults = {"lr": lr, "gamma": 1.01, "proj_method": "subspace", **TRAINING[self.model], **(setting or {})}
-        if "apollo" in self.optimizer:  # what its release does with its Gaussian projection and its `scale`
-            d_model, scale = PRESETS[self.model][1], 128 if self.optimizer == "apollo_mini" else 1
-            defaults["alpha"] = math.sqrt(scale * min(self.rank or defaults["rank"], d_model) / d_model)
+        if self.init_from:
+            lr /= 10
+        training = TRAINING["pretrained" if self.init_from else self.model]
+        defaults = {"lr": lr, "gamma": 1.01, "proj_method": "subspace", **training, **(setting or {})}
+        if "apollo" in self.optimizer:
+            defaults.pop("alpha")  # depends on the model's width
         for name, value in defaults.items():
             if getattr(self, name, "no flag") is None:
                 setattr(self, name, value)
@@ -133,19 +153,20 @@ class Config:
 
     @property
     def folder(self) -> Path:
-        return Path(self.out) / f"{self.model}-{self.data}-{self.optimizer}-seed{self.seed}"
+        model = Path(self.init_from).resolve().name if self.init_from else self.model
+        return Path(self.out) / f"{model}-{self.data}-{self.optimizer}-seed{self.seed}"
 
 
 # What may differ from the checkpoint's on --resume.
-CHANGEABLE = {"steps", "device", "compile", "eval_interval", "out"}
+CHANGEABLE = {"steps", "device", "compile", "checkpointing", "temperature", "top_k", "eval_interval", "out"}
 
 
 # Data
 
 
-def batch(tokens: np.ndarray, config: Config, step: int, rank: int = 0) -> torch.Tensor:
-    """Random windows of a step, (grad_accum, batch_size, block_size + 1): a function of (seed, step, rank) alone."""
-    rng = np.random.default_rng((config.seed, step, rank))
+def batch(tokens: np.ndarray, config: Config, step: int) -> torch.Tensor:
+    """Random windows of a step, (grad_accum, batch_size, block_size + 1): a function of (seed, step) alone."""
+    rng = np.random.default_rng((config.seed, step, 0))
     starts = rng.integers(len(tokens) - config.block_size, size=(config.grad_accum, config.batch_size))
     return windows(tokens, starts, config)
 
@@ -174,6 +195,8 @@ def pick_device(name: str) -> torch.device:
     mps, cuda = torch.backends.mps.is_available(), torch.cuda.is_available()
     if name == "auto":
         name = "cuda" if cuda else "mps" if mps else "cpu"
+    if name == "cuda" and WORLD > 1:
+        name = f"cuda:{LOCAL_RANK}"
     there = ["cpu"] + ["mps"] * mps + [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cuda"] * cuda
     if name not in there:
         raise InputError(f"device {name!r} is not there; this machine has {', '.join(there)}")
@@ -182,10 +205,42 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build(config: Config, vocab_size: int, device) -> tuple[Transformer, Fira, int]:
-    """The model, its optimizer, and the bytes of state that AdamW would hold for the same model."""
+def pretrained(config: Config) -> Transformer:
+    """The model of --init_from. Raises InputError."""
+    folder = Path(config.init_from)
+    if config.init_from == "gpt2" and not folder.exists():
+        folder = prepare_data.DATA / ".gpt2"
+        for name in ("config.json", "model.safetensors"):
+            prepare_data.download(GPT2_URL + name, folder / name)
+    try:
+        model = load_pretrained(folder, config.block_size)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    config.block_size = config.block_size or min(256, model.config.block_size)
+    return model
+
+
+def build(config: Config, vocab_size: int, device, shape: dict | None = None) -> tuple[Transformer, Fira, int]:
+    """The model, its optimizer, and the bytes of state that AdamW would hold for the same model.
+
+    `shape` is the ModelConfig of a checkpoint. Raises InputError.
+    """
     torch.manual_seed(config.seed)
-    model = Transformer(ModelConfig.preset(config.model, vocab_size, config.block_size))
+    if shape:
+        model = Transformer(ModelConfig(**shape))
+    elif config.init_from:
+        model = pretrained(config)
+        if model.config.vocab_size != vocab_size:
+            raise InputError(
+                f"{config.init_from} has a vocabulary of {model.config.vocab_size:,}, data/{config.data} one of "
+                f"{vocab_size:,}: prepare the data with the model's tokenizer"
+            )
+    else:
+        model = Transformer(ModelConfig.preset(config.model, vocab_size, config.block_size))
+    model.checkpointing = config.checkpointing
+    if config.alpha is None:  # what APOLLO's release does with its Gaussian projection and its `scale`
+        d_model, scale = model.config.d_model, 128 if config.optimizer == "apollo_mini" else 1
+        config.alpha = math.sqrt(scale * min(config.rank, d_model) / d_model)
     adamw_bytes = state_bytes(param_groups(model, rank=None))
     if config.optimizer == "lora":
         add_lora(model, config.rank)
@@ -216,6 +271,8 @@ def learning_rate(step: int, config: Config) -> float:
 
 def write(path: Path, content) -> None:
     """Text, or what torch.save takes, to a temporary file that then takes the name: whole or not at all."""
+    if RANK:
+        return  # one process writes for all
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
@@ -235,7 +292,9 @@ def load_checkpoint(folder: Path) -> dict:
                 raise ValueError(damaged)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["config"] = Config(**checkpoint["config"]).resolve()
-        return {key: checkpoint[key] for key in ("model", "optimizer", "scaler", "step", "config", "data")}
+        return {
+            key: checkpoint[key] for key in ("model", "shape", "optimizer", "scaler", "step", "config", "data", "log")
+        }
     except Exception as error:  # torch raises half a dozen kinds
         raise InputError(f"{path} is damaged or not a checkpoint of this train.py ({type(error).__name__})") from None
 
@@ -248,19 +307,6 @@ def restore(checkpoint: dict, folder: Path, **parts) -> None:
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder / 'ckpt.pt'} does not fit this model: {reason}") from None
-
-
-def read_log(folder: Path, last_step: int) -> list[dict]:
-    """The log's lines up to a step; a kill may have left later ones, or half a line."""
-    path, entries = folder / "log.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            entry = json.loads(line)
-            if entry["step"] <= last_step:
-                entries.append(entry)
-        except (ValueError, KeyError, TypeError):
-            break
-    return entries
 
 
 def figures(val_loss: float, meta: dict) -> dict:
@@ -282,9 +328,6 @@ def peak_bytes(device) -> int | None:
     """Peak memory: allocated on a CUDA device, else of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux, where ru_maxrss may be that of the process that started this one
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     try:
         import resource
     except ImportError:  # Windows
@@ -325,23 +368,28 @@ def train(config: Config, given: dict, resume: bool) -> None:
     device = pick_device(config.device)
     config.precision = config.precision or ("amp" if device.type == "cuda" else "fp32")
     meta, train_tokens, val_tokens = prepare_data.load(config.data)
+    if checkpoint and checkpoint["data"] != meta:
+        what = "tokenizer" if checkpoint["data"]["tokenizer"] != meta["tokenizer"] else "text"
+        raise InputError(f"data/{config.data} now has another {what} than the checkpoint's; prepare that one again")
+    encoding = prepare_data.get_encoding(meta["tokenizer"])  # now, so that a missing one is not found out at the end
+
+    shape = checkpoint and checkpoint["shape"]
+    model, optimizer, adamw_bytes = build(config, meta["vocab_size"], device, shape)
     for split, tokens in (("train", train_tokens), ("val", val_tokens)):
         if len(tokens) <= config.block_size:
             raise InputError(
                 f"data/{config.data}/{split}.bin has {len(tokens)} tokens, and one window needs "
                 f"{config.block_size + 1}: use a longer text or a smaller --block_size"
             )
-    if checkpoint and checkpoint["data"] != meta:
-        what = "tokenizer" if checkpoint["data"]["tokenizer"] != meta["tokenizer"] else "text"
-        raise InputError(f"data/{config.data} now has another {what} than the checkpoint's; prepare that one again")
-    encoding = prepare_data.get_encoding(meta["tokenizer"])  # now, so that a missing one is not found out at the end
-
-    model, optimizer, adamw_bytes = build(config, meta["vocab_size"], device)
     bf16_there = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp" and not bf16_there)
+    if config.batch_size % WORLD:
+        raise InputError(f"--batch_size {config.batch_size} must be a multiple of the {WORLD} processes")
     if config.layerwise:
-        if scaler.is_enabled():
-            raise InputError("--layerwise with fp16, whose gradients are scaled: take another --precision")
+        if scaler.is_enabled() or WORLD > 1:
+            raise InputError(
+                "--layerwise goes neither with fp16, whose gradients are scaled, nor with several processes"
+            )
         optimizer.step_in_backward()
     autocast = nullcontext()
     if config.precision == "amp":
@@ -350,8 +398,8 @@ def train(config: Config, given: dict, resume: bool) -> None:
     if checkpoint:
         restore(checkpoint, config.folder, model=model, optimizer=optimizer, scaler=scaler)
         start = checkpoint["step"]
-        log = read_log(config.folder, start)
-        if start > config.steps or (start == config.steps and "val_loss" not in (log or [{}])[-1]):
+        log = checkpoint["log"]
+        if start > config.steps or (start == config.steps and "val_loss" not in log[-1]):
             raise InputError(f"{config.folder} is at step {start} already: go on with more --steps than that")
         del checkpoint
 
@@ -360,13 +408,13 @@ def train(config: Config, given: dict, resume: bool) -> None:
     n_parameters = sum(p.numel() for p in model.parameters())
     n_tokens, vocab_size = len(train_tokens), meta["vocab_size"]
     print(f"data       {config.data}: {meta['source']}, {n_tokens:,} tokens, vocabulary {vocab_size:,}")
-    print(f"model      {config.model}: {n_parameters:,} parameters, context {config.block_size}")
+    print(f"model      {config.init_from or config.model}: {n_parameters:,} parameters, context {config.block_size}")
     print(f"device     {device}, {config.precision}{threads}")
     print(f"optimizer  {config.optimizer}, lr {config.lr:g}")
     print(f"state      {mega(state)}; AdamW would hold {mega(adamw_bytes)} for this model")
     if start:
         print(f"resuming   {folder} after step {start}")
-    elif (folder / "ckpt.pt").exists():
+    elif (folder / "ckpt.pt").exists() and not RANK:
         earlier = (folder.with_name(f"{folder.name}-earlier{i}") for i in itertools.count(1))
         earlier = next(path for path in earlier if not path.exists())
         folder.rename(earlier)
@@ -388,26 +436,30 @@ def train(config: Config, given: dict, resume: bool) -> None:
     signal.signal(signal.SIGTERM, on_signal)
 
     forward = torch.compile(model) if config.compile else model
+    if WORLD > 1:
+        forward = DistributedDataParallel(forward)
     seconds = optimizer_seconds = measured_steps = 0
     losses, optimizer_spans = [], []  # of the steps since the last log line; on the device until then
 
     def load(step):
-        cuda, step_windows = device.type == "cuda", batch(train_tokens, config, step)
+        cuda, step_windows = device.type == "cuda", batch(train_tokens, config, step)[:, RANK::WORLD]
         return (step_windows.pin_memory() if cuda else step_windows).to(device, non_blocking=cuda)
 
     step_windows = load(start + 1)
     clock = time.perf_counter()
-    with tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True, disable=RANK > 0) as bar:
         for step in range(start + 1, config.steps + 1):
             lr = learning_rate(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             loss, problem, optimizer_start = 0.0, None, mark(device)
             try:
-                for w in step_windows:  # (batch_size, block_size + 1)
-                    with autocast:
-                        part = forward(w[:, :-1], w[:, 1:]) / config.grad_accum
-                    scaler.scale(part).backward()
+                for i, w in enumerate(step_windows, 1):  # (batch_size / processes, block_size + 1)
+                    average = WORLD == 1 or i == config.grad_accum  # the processes' gradients, once a step
+                    with nullcontext() if average else forward.no_sync():
+                        with autocast:
+                            part = forward(w[:, :-1], w[:, 1:]) / config.grad_accum
+                        scaler.scale(part).backward()
                     loss += part.detach()
                 step_windows = load(step + 1)  # while the device works
                 optimizer_start = mark(device)
@@ -423,10 +475,20 @@ def train(config: Config, given: dict, resume: bool) -> None:
             optimizer_spans.append((optimizer_start, mark(device)))
 
             evaluation, stopping = step % config.eval_interval == 0 or step == config.steps, bool(stop)
+            if WORLD > 1:
+                stopping = False  # until all processes can agree on it
             if not (evaluation or problem or stopping or step % LOG_INTERVAL == 0):
                 continue
             # Only here does the host wait for the device.
-            losses = torch.stack(losses).tolist()
+            losses = torch.stack(losses)
+            if WORLD > 1:
+                dist.all_reduce(losses)
+                losses /= WORLD
+                agreed = torch.tensor(max(stop, default=0), device=device)
+                dist.all_reduce(agreed, dist.ReduceOp.MAX)
+                stop = [agreed.item()] if agreed else []
+                stopping = bool(stop)
+            losses = losses.tolist()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             elapsed = time.perf_counter() - clock
@@ -449,18 +511,22 @@ def train(config: Config, given: dict, resume: bool) -> None:
             if evaluation:
                 entry |= figures(evaluate(forward, val_tokens, config, device, autocast), meta)
                 bar.write(f"step {step}: {in_words(entry)}")
-            with open(folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(entry) + "\n")
+            log.append(entry)
+            if not RANK:
+                with open(folder / "log.jsonl", "a") as file:
+                    file.write(json.dumps(entry) + "\n")
             if evaluation or stopping:
                 write(
                     folder / "ckpt.pt",
                     {
                         "model": model.state_dict(),
+                        "shape": asdict(model.config),
                         "optimizer": optimizer.state_dict(),
                         "scaler": scaler.state_dict(),
                         "step": step,
                         "config": asdict(config),
                         "data": meta,
+                        "log": log,
                     },
                 )
             if stopping:
@@ -472,10 +538,11 @@ def train(config: Config, given: dict, resume: bool) -> None:
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if RANK:
+        return
     if not (folder / "result.json").exists():
-        last = read_log(folder, config.steps)[-1]
-        result = {"optimizer": config.optimizer, "lr": config.lr, "seed": config.seed, "steps": last["step"]}
-        result |= {name: last[name] for name in ("val_loss", "perplexity", "bits_per_byte")}
+        result = {"optimizer": config.optimizer, "lr": config.lr, "seed": config.seed, "steps": log[-1]["step"]}
+        result |= {name: log[-1][name] for name in ("val_loss", "perplexity", "bits_per_byte")}
         result |= {
             "state_bytes": state,
             "peak_bytes": peak_bytes(device),
@@ -488,28 +555,32 @@ def train(config: Config, given: dict, resume: bool) -> None:
     if result["ms_per_step"]:
         ms, share, peak = result["ms_per_step"], result["optimizer_share"], mega(result["peak_bytes"])
         print(f"           {ms:.1f} ms a step, {share:.1%} of it in the optimizer; peak memory {peak}")
-    text = sample(model, encoding, "", config.seed)
+    text = "".join(sample(model, encoding, "", config))
     write(folder / "sample.txt", text)
     print(f"\nsample     {'-' * 60}\n{text}\n{'-' * 71}")
     print(f"wrote      {folder}/: config.json, log.jsonl, ckpt.pt, result.json, sample.txt")
 
 
-def sample(model: Transformer, encoding, prompt: str, seed: int) -> str:
-    """The prompt and what the model writes after it; an empty prompt starts a new document."""
+def sample(model: Transformer, encoding, prompt: str, config: Config) -> Iterator[str]:
+    """The prompt and what the model writes after it, as it is written; an empty prompt starts a new document."""
     tokens = encoding.encode_ordinary(prompt) or [encoding.eot_token]
-    torch.manual_seed(seed)
-    device = next(model.parameters()).device
-    written = model.generate(torch.tensor([tokens], device=device), SAMPLE_TOKENS)[0].tolist()
-    return encoding.decode(written[0 if prompt else 1 :])
+    torch.manual_seed(config.seed)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    yield prompt
+    for token in model.generate(tokens, SAMPLE_TOKENS, config.temperature, config.top_k):
+        yield decoder.decode(encoding.decode_single_token_bytes(token))
 
 
-def sample_checkpoint(config: Config, prompt: str) -> str:
-    """What a run's last checkpoint writes after a prompt. Raises InputError."""
-    checkpoint = load_checkpoint(config.folder)
+def trained(config: Config) -> tuple[Transformer, str]:
+    """The model of the run's last checkpoint, or of --init_from before there is one, and its tokenizer."""
     device = pick_device(config.device)
-    model = build(checkpoint["config"], checkpoint["data"]["vocab_size"], device)[0]
+    if config.init_from and not (config.folder / "ckpt.pt").exists():
+        model = pretrained(config).to(device)
+        return model, TOKENIZERS.get(model.config.vocab_size, f"for {model.config.vocab_size:,} tokens")
+    checkpoint = load_checkpoint(config.folder)
+    model = build(checkpoint["config"], checkpoint["data"]["vocab_size"], device, checkpoint["shape"])[0]
     restore(checkpoint, config.folder, model=model)
-    return sample(model, prepare_data.get_encoding(checkpoint["data"]["tokenizer"]), prompt, config.seed)
+    return model, checkpoint["data"]["tokenizer"]
 
 
 # Comparing optimizers
@@ -536,7 +607,8 @@ def compare(config: Config, optimizers: list[str], given: dict, resume: bool) ->
             print(f"{name} failed; going on with the others", flush=True)
             continue
         rows.append(json.loads((folder / "result.json").read_text()))
-        curves[name] = [entry for entry in read_log(folder, rows[-1]["steps"]) if "val_loss" in entry]
+        entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        curves[name] = [entry for entry in entries if "val_loss" in entry]
     if not rows:
         sys.exit("error: every optimizer failed")
     print("\noptimizer               lr  val loss  perplexity  bits/byte     state      peak  ms/step  in optimizer")
@@ -597,26 +669,45 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{f.name}", type=kind, nargs=nargs, metavar=kind.__name__.upper(), help=help)
     parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     parser.add_argument("--sample", metavar="PROMPT", help="only print what the last checkpoint writes after PROMPT")
+    parser.add_argument("--export", metavar="FOLDER", help="only write the last checkpoint in Hugging Face's format")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
     given = vars(parse(sys.argv[1:]))
-    resume, prompt = given.pop("resume", False), given.pop("sample", None)
+    resume, prompt, folder = given.pop("resume", False), given.pop("sample", None), given.pop("export", None)
     optimizers = list(dict.fromkeys(given.pop("optimizer", ["fira"])))
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
     try:
         for name in optimizers:
             config = Config(**given, optimizer=name).resolve()
         pick_device(config.device)
-        if prompt is not None and len(optimizers) > 1:
-            raise InputError("--sample goes with one --optimizer")
+        if len(optimizers) > 1 and (prompt, folder) != (None, None):
+            raise InputError("--sample and --export go with one --optimizer")
+        if WORLD > 1:
+            if (len(optimizers), prompt, folder) != (1, None, None):
+                raise InputError("several processes train with one --optimizer, and do nothing else")
+            dist.init_process_group()
+            if RANK:
+                dist.barrier()  # the first process prepares the data
         given["data"] = config.data = prepare_data.ensure(config.data)
+        if WORLD > 1 and not RANK:
+            dist.barrier()
         if prompt is not None:
-            print(sample_checkpoint(config, prompt))
+            model, tokenizer = trained(config)
+            for text in sample(model, prepare_data.get_encoding(tokenizer), prompt, config):
+                print(text, end="", flush=True)
+            print()
+        elif folder is not None:
+            export(trained(config)[0], folder)
+            print(f"wrote      {folder}/: config.json, model.safetensors")
         elif len(optimizers) > 1:
             compare(config, optimizers, given, resume)
         else:
             train(config, given, resume)
+            if WORLD > 1:
+                dist.destroy_process_group()
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -624,6 +715,8 @@ def main() -> None:
     except (MemoryError, torch.OutOfMemoryError):
         sys.exit("error: out of memory: try a smaller --batch_size (with more --grad_accum) or a smaller --model")
     except RuntimeError as error:
+        if WORLD > 1 and "peer" in str(error):
+            sys.exit(f"error: process {RANK} lost another one; go on from the last checkpoint with --resume")
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         sys.exit(f"error: torch cannot compile here: {str(error).splitlines()[0]}; leave out --compile")
