@@ -180,7 +180,9 @@ class Transformer(nn.Module):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, caches: Tensor | None = None, start: int = 0):
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, caches: Tensor | None = None, start: int = 0
+    ) -> Tensor:
         """Logits (B, T, vocab) of the tokens (B, T); given targets (B, T), their mean cross-entropy in nats.
 
         With caches (layers, 2, B, K, block_size, D), which it fills, the tokens are those from position `start` on

@@ -911,10 +911,10 @@ def theirs(tmp_path):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(cls(**CHECKPOINTS[name]))
         for p in model.parameters():  # biases and norms too
-            nn.init.normal_(p, std=0.3)
-        model = model.to(dtype).eval()
-        (model.base_model if base else model).save_pretrained(tmp_path / "hf")
-        return model.float()
+            p.data = (0.3 * torch.randn(p.shape)).to(dtype).float()
+        rounded = copy.deepcopy(model.base_model if base else model).to(dtype)  # rounds the rotary frequencies too
+        rounded.save_pretrained(tmp_path / "hf")
+        return model.eval()
 
     return make
 
