@@ -83,7 +83,7 @@ def get_encoding(tokenizer: str) -> tiktoken.Encoding:
         try:
             return tiktoken.get_encoding("r50k_base")  # GPT-2's, under the name of its single file
         except Exception as error:
-            ways = "go online once, set TIKTOKEN_CACHE_DIR to a cache that has it, or pass --tokenizer r50k_base.tiktoken"
+            ways = "go online once, or set TIKTOKEN_CACHE_DIR to a filled cache, or pass --tokenizer r50k_base.tiktoken"
             reason = f"neither in tiktoken's cache nor downloadable ({type(error).__name__})"
             raise InputError(f"GPT-2's tokenizer is {reason}: {ways}") from None
     elif tokenizer.endswith(".tiktoken"):
