@@ -121,14 +121,12 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
         try:
             fetch(url, part, etag)
             break
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             code = getattr(error, "code", 500)  # an HTTP status; what failed without one may go better next time
             if code == 416:  # the server has no more than what is here, but called that version incomplete
-                part.unlink()
+                part.unlink(missing_ok=True)
             if wait is None or not (code in (416, 429) or code >= 500):
-                raise InputError(
-                    f"cannot download {url} ({error}): try again later, or pass the path of a copy"
-                ) from None
+                raise InputError(f"cannot download {url} ({error}): try later, or pass the path of a copy") from None
             print(f"{path.name}: {error}; trying again in {wait} s")
             time.sleep(wait)
     if not intact(part, sha256):
@@ -149,10 +147,9 @@ def fetch(url: str, part: Path, etag: Path) -> None:
         if response.status != 206:  # the whole file: the server knows no ranges, or the file has changed
             have = 0
         total = None if response.length is None else have + response.length
-        if have and (
-            sent != version or response.headers["Content-Range"] != f"bytes {have}-{(total or 0) - 1}/{total}"
-        ):
-            etag.unlink()  # so the next attempt begins anew
+        asked = f"bytes {have}-{(total or 0) - 1}/{total}"
+        if response.status == 206 and (sent != version or response.headers["Content-Range"] != asked):
+            etag.unlink(missing_ok=True)  # so the next attempt begins anew
             raise ConnectionError("the server sent another part than it was asked for")
         bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem)
         with bar, open(part, "ab" if have else "wb") as file:

@@ -831,11 +831,11 @@ class Hub(BaseHTTPRequestHandler):
         start = int(wanted[6:-1]) if ranged else 0
         if start >= len(content):
             return self.send_error(416)
+        start -= plan == "wrong part"
         body = content[start:]
         self.send_response(206 if ranged else 200)
         if ranged:
-            first = start - 1 if plan == "wrong part" else start
-            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.send_header("ETag", etag)
         self.send_header("Content-Length", len(body) + 100 * (plan == "wrong length"))
         self.send_header("Content-Disposition", 'attachment; filename="../../evil.txt"')
