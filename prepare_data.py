@@ -83,11 +83,9 @@ def get_encoding(tokenizer: str) -> tiktoken.Encoding:
         try:
             return tiktoken.get_encoding("r50k_base")  # GPT-2's, under the name of its single file
         except Exception as error:
-            raise InputError(
-                f"GPT-2's tokenizer is neither in tiktoken's cache nor downloadable ({type(error).__name__}): go "
-                "online once, or set TIKTOKEN_CACHE_DIR to a cache that has it, or pass a file: --tokenizer "
-                "r50k_base.tiktoken"
-            ) from None
+            ways = "go online once, or set TIKTOKEN_CACHE_DIR to a filled cache, or pass --tokenizer r50k_base.tiktoken"
+            reason = f"neither in tiktoken's cache nor downloadable ({type(error).__name__})"
+            raise InputError(f"GPT-2's tokenizer is {reason}: {ways}") from None
     elif tokenizer.endswith(".tiktoken"):
         try:
             lines = Path(tokenizer).read_bytes().splitlines()
@@ -123,20 +121,17 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
         try:
             fetch(url, part, etag)
             break
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             code = getattr(error, "code", 500)  # an HTTP status; what failed without one may go better next time
             if code == 416:  # the server has no more than what is here, but called that version incomplete
-                part.unlink()
+                part.unlink(missing_ok=True)
             if wait is None or not (code in (416, 429) or code >= 500):
-                raise InputError(
-                    f"cannot download {url} ({error}): try again later, or pass the path of a copy"
-                ) from None
+                raise InputError(f"cannot download {url} ({error}): try later, or pass the path of a copy") from None
             print(f"{path.name}: {error}; trying again in {wait} s")
             time.sleep(wait)
     if not intact(part, sha256):
-        size = part.stat().st_size
         part.unlink()
-        raise InputError(f"{url} sent {size} bytes that are not the expected file (SHA-256 differs)")
+        raise InputError(f"{url} did not send the expected file (its SHA-256 differs)")
     part.replace(path)
     etag.unlink()
 
@@ -147,16 +142,14 @@ def fetch(url: str, part: Path, etag: Path) -> None:
     have = part.stat().st_size if version and part.exists() else 0
     headers = {"Range": f"bytes={have}-", "If-Range": version} if have else {}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
-        sent = response.headers["ETag"] or "W/"
-        if sent.startswith("W/"):  # a weak one may be the same for files that differ
-            sent = response.headers["Last-Modified"] or ""
+        sent = response.headers["ETag"] or ""  # without one, or with a weak one, the next attempt begins anew:
+        sent = "" if sent.startswith("W/") else sent  # a weak one may be the same for files that differ
         if response.status != 206:  # the whole file: the server knows no ranges, or the file has changed
             have = 0
         total = None if response.length is None else have + response.length
-        if have and (
-            sent != version or response.headers["Content-Range"] != f"bytes {have}-{(total or 0) - 1}/{total}"
-        ):
-            etag.unlink()  # so the next attempt begins anew
+        asked = f"bytes {have}-{(total or 0) - 1}/{total}"
+        if response.status == 206 and (sent != version or response.headers["Content-Range"] != asked):
+            etag.unlink(missing_ok=True)  # so the next attempt begins anew
             raise ConnectionError("the server sent another part than it was asked for")
         bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem)
         with bar, open(part, "ab" if have else "wb") as file:
@@ -186,8 +179,7 @@ def stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     files = [path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts)]
-    contents = ((path, path.read_bytes()) for path in files)
-    return [path for path, content in contents if content.decode(errors="ignore").encode() == content]  # UTF-8
+    return [path for path in files if (text := path.read_bytes()) == text.decode(errors="ignore").encode()]  # UTF-8
 
 
 def is_jsonl(path: Path) -> bool:
@@ -224,10 +216,9 @@ def split_file(path: Path) -> tuple[list[Part], list[Part]]:
             raise InputError(f"{path} is empty")
         cut = file.seek(size * 9 // 10)
         line = file.readline(PIECE)
-        if line.endswith(b"\n") and cut + len(line) < size:
-            cut += len(line)
-        else:  # one huge line: cut it between two characters
-            cut += len(line) - len(line.lstrip(bytes(range(0x80, 0xC0))))
+        if not line.endswith(b"\n") or cut + len(line) == size:  # one huge line: cut it between two characters
+            line = line[: len(line) - len(line.lstrip(bytes(range(0x80, 0xC0))))]
+        cut += len(line)
     return [Part(path, 0, cut)], [Part(path, cut, size)]
 
 
@@ -369,12 +360,11 @@ def tokenize(parts: list[Part], encoding: tiktoken.Encoding, dtype: str, bar: tq
 def alone() -> Iterator[None]:
     """Hold the lock of the data folder, so that two preparations do not write into each other's files."""
     DATA.mkdir(parents=True, exist_ok=True)
-    folder = os.open(DATA, os.O_RDONLY)
-    try:
+    with contextlib.ExitStack() as stack:
+        folder = os.open(DATA, os.O_RDONLY)
+        stack.callback(os.close, folder)
         fcntl.flock(folder, fcntl.LOCK_EX)  # waits
         yield
-    finally:
-        os.close(folder)
 
 
 @alone()
@@ -491,10 +481,9 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    print(
-        f"data/{meta['name']}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens "
-        f"({meta['dtype']}, vocabulary {meta['vocab_size']:,}, {meta['bytes_per_token']:.2f} bytes a token)"
-    )
+    kind = f"{meta['dtype']}, vocabulary {meta['vocab_size']:,}, {meta['bytes_per_token']:.2f} bytes a token"
+    counts = f"{meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens"
+    print(f"data/{meta['name']}: {counts} ({kind})")
 
 
 if __name__ == "__main__":
