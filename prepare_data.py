@@ -19,7 +19,6 @@ import base64
 import codecs
 import contextlib
 import difflib
-import fcntl
 import gzip
 import hashlib
 import http.client
@@ -43,6 +42,11 @@ import numpy as np
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two preparations must not run side by side
+    fcntl = None
 
 HUB = "https://huggingface.co/datasets/"
 C4 = HUB + "allenai/c4/resolve/main/en/c4-"
@@ -361,9 +365,10 @@ def alone() -> Iterator[None]:
     """Hold the lock of the data folder, so that two preparations do not write into each other's files."""
     DATA.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        folder = os.open(DATA, os.O_RDONLY)
-        stack.callback(os.close, folder)
-        fcntl.flock(folder, fcntl.LOCK_EX)  # waits
+        if fcntl:
+            folder = os.open(DATA, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX)  # waits
         yield
 
 
