@@ -54,7 +54,11 @@ def kept_bytes(size: str, n_layers: int, checkpointing: bool) -> float:
     """Bytes for each token that the forward pass of 16-bit layers of a size keeps for backward."""
     config = ModelConfig.preset(size, 32_000, 256)
     config.n_layers = n_layers
-    model = Transformer(config).bfloat16()
+    with torch.device("meta"):
+        model = Transformer(config).bfloat16()
+    model.to_empty(device="cpu")  # whatever the weights are, as much is kept
+    for x in (*model.parameters(), *model.buffers()):
+        x.data.zero_()
     model.checkpointing = checkpointing
     own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
     saved = {}
