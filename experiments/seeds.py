@@ -1,6 +1,7 @@
 """The README's results: each method at the default size over three seeds, mean ± standard deviation.
 
     python -m experiments.seeds                        # the table; an hour and more on two cores
+    python -m experiments.seeds fira fira-svd fira-random fira-keep fira-rotate    # how the subspace changes
     python -m experiments.seeds adamw-5e-4 adamw-1e-3 adamw-2e-3 adamw-3e-3 --seeds 0    # learning rates
     python -m experiments.seeds lora-1e-3 lora-3e-3 lora-1e-2 --seeds 0
 
