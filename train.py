@@ -618,7 +618,7 @@ def compare(config: Config, optimizers: list[str], given: dict, resume: bool) ->
             f"{row['bits_per_byte']:10.4f} {mega(row['state_bytes']):>9} {mega(row['peak_bytes']):>9} "
             f"{row['ms_per_step'] or math.nan:8.1f} {row['optimizer_share'] or math.nan:13.1%}"
         )
-    folder = Path(config.out) / f"{config.model}-{config.data}-compare-seed{config.seed}"
+    folder = replace(config, optimizer="compare").folder
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "table.json", json.dumps(rows, indent=2) + "\n")
     print(f"\nwrote      {folder}/table.json")
