@@ -1938,6 +1938,7 @@ def test_fine_tuning_goes_on_from_an_exported_model(workplace, capsys, optimizer
 
 
 def test_what_does_not_fit_a_pretrained_model_is_one_line(workplace):
+    assert train_script.Config(init_from="exported").resolve().lr == pytest.approx(1e-3)  # a tenth
     runs(train_script, *SMALL)
     runs(train_script, *SMALL, "--export", "exported")
     fails(train_script, *SMALL, "--init_from", "exported", "--model", "60m", says="--model goes without --init_from")
