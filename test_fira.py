@@ -1709,6 +1709,15 @@ def test_layerwise_trains_the_same(workplace):
     assert (group["proj_method"], group["moments"], group["spread"]) == ("subspace", "rotate", True)
 
 
+def test_checkpointing_trains_the_same(workplace, monkeypatch):
+    runs(train_script, *SMALL)
+    module, calls = sys.modules[Transformer.__module__], []
+    recompute = module.checkpoint
+    monkeypatch.setattr(module, "checkpoint", lambda *a, **k: calls.append(1) or recompute(*a, **k))
+    runs(train_script, *SMALL, "--checkpointing", "--out", "again")
+    assert len(calls) >= 4 * 40 and same_weights(checkpoint(), checkpoint(out="again"))
+
+
 @pytest.mark.parametrize("optimizer", train_script.METHODS)
 def test_every_method_trains_and_counts_its_state(workplace, optimizer):
     runs(train_script, *SMALL, "--optimizer", optimizer)
