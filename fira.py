@@ -281,15 +281,13 @@ class Fira(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    @torch.compiler.disable  # the work is in `fira_update`, which compiles as a whole
-    @torch.no_grad()
     def step(self, closure=None):
         """Update every parameter that has a gradient. Returns the closure's loss, if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update([(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups])
+        self._update((group, group["params"]) for group in self.param_groups)
         return loss
 
     def step_in_backward(self) -> list:
@@ -308,7 +306,6 @@ class Fira(torch.optim.Optimizer):
         if processes.is_available() and processes.is_initialized() and processes.get_world_size() > 1:
             raise RuntimeError("step_in_backward() would update before the processes' gradients are averaged")
 
-        @torch.no_grad()
         def update(number, p):
             self._update([(self.param_groups[number], [p])])
             p.grad = None
@@ -320,7 +317,10 @@ class Fira(torch.optim.Optimizer):
             if p.requires_grad
         ]
 
-    def _update(self, work: list[tuple[dict, list[Tensor]]]) -> None:
+    @torch.compiler.disable  # the work is in `fira_update`, which compiles as a whole
+    @torch.no_grad()
+    def _update(self, work) -> None:
+        work = [(group, [p for p in params if p.grad is not None]) for group, params in work]
         # All that can fail comes first, so that a failure leaves every weight as it was.
         self._change_subspaces([(p, group) for group, params in work for p in params if self._prepare(p, group)])
         for group, params in work:

@@ -585,7 +585,8 @@ def test_a_compiled_update_equals_the_plain_one(monkeypatch):
     gradients, graphs = random_gradients((8, 20), 12, torch.float32), []
 
     def count(graph, inputs):
-        graphs.append(graph)
+        if any(node.op.startswith("call") for node in graph.graph.nodes):  # torch 2.6 makes an empty one, too
+            graphs.append(graph)
         return graph
 
     trajectories = []
