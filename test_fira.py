@@ -589,19 +589,32 @@ def test_a_compiled_update_equals_the_plain_one(monkeypatch):
             graphs.append(graph)
         return graph
 
-    trajectories = []
-    for compiled in (False, True):
-        if compiled:
-            monkeypatch.setattr(fira, "fira_update", torch.compile(fira.fira_update, backend=count, fullgraph=True))
+    trajectories, plain = [], fira.fira_update
+    for backend in (None, count, "aot_eager"):  # the last one takes the operators that change W apart
+        if backend:
+            compiled = torch.compile(plain, backend=backend, fullgraph=True)
+            monkeypatch.setattr(fira, "fira_update", compiled)
         p = nn.Parameter(torch.zeros(8, 20))
         optimizer = Fira([p], rank=3, update_proj_gap=5)
-        step = torch.compile(optimizer.step, backend=count) if compiled else optimizer.step
+        step = torch.compile(optimizer.step, backend=backend) if backend else optimizer.step
         for i, G in enumerate(gradients):
             p.grad, optimizer.param_groups[0]["lr"] = G, 0.01 / (i + 1)
             step()
         trajectories.append(p.detach())
-    torch.testing.assert_close(*trajectories)
+    torch.testing.assert_close(trajectories[1], trajectories[0])
+    torch.testing.assert_close(trajectories[2], trajectories[0])
     assert len(graphs) == 1
+
+
+def test_two_copies_of_the_file_live_in_one_process():
+    """The installed one and one in somebody's project; both register the operator for torch.compile."""
+    spec = importlib.util.spec_from_file_location("another_fira", ROOT / "fira.py")
+    another = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(another)
+    p = nn.Parameter(torch.zeros(8, 20))
+    p.grad = torch.ones_like(p)
+    another.Fira([p], rank=3).step()
+    assert (p < 0).all()
 
 
 @pytest.mark.parametrize(

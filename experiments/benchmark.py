@@ -16,6 +16,7 @@ All optimizers take a step in turn, so that a slow minute of the machine is ever
 import argparse
 import importlib.util
 import logging
+import os
 import statistics
 import sys
 import time
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=3, help="subspace changes to measure (default 3)")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would print lines of its own
     torch.manual_seed(0)
     rank, dtype = TRAINING[args.model]["rank"], getattr(torch, args.dtype)
     with torch.device("meta"):
@@ -136,7 +138,7 @@ def main() -> None:
     @torch.no_grad()
     def two_gemms():
         for w, G, p in zip(W, gradients, P):
-            oriented(w, "std").addmm_(p, p.T @ oriented(G, "std"), alpha=1e-9)
+            oriented(w, "std").addmm_(p, (oriented(G, "std").T @ p).T, alpha=1e-9)
 
     steps["two GEMMs"] = two_gemms
     sums = [G.float().sum() for G in gradients]
