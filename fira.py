@@ -227,10 +227,10 @@ class Fira(torch.optim.Optimizer):
 
     A parameter group with a `rank` must hold matrices; one without is torch's AdamW, fused where torch
     has it. The state of a projected weight, in an orientation with the projected side m first, is
-    `projection` (m, r) in the weight's dtype, `exp_avg` and `exp_avg_sq` (r, n) in float32 (float64 for
-    float64 weights), `prev_norm` () and the numbers `step` and `index`, the parameter's place. At rank ≥
-    the short side nothing is projected, and the update is α N. 16-bit weights should be bfloat16: R and
-    the update are computed in the weights' dtype, and float16 overflows.
+    `projection` (m, r) in the weight's dtype, `exp_avg` and `exp_avg_sq` (r, n), column by column in memory,
+    in float32 (float64 for float64 weights), `prev_norm` () and the numbers `step` and `index`, the
+    parameter's place. At rank ≥ the short side nothing is projected, and the update is α N. 16-bit weights
+    should be bfloat16: R and the update are computed in the weights' dtype, and float16 overflows.
 
     Args:
         params: parameters or groups; `param_groups(model, rank)` makes the groups for a transformer.

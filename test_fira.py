@@ -295,6 +295,16 @@ def test_random_projections_are_seeded_and_differ():
     assert not torch.allclose(optimizer.state[two[0]]["projection"], optimizer.state[two[1]]["projection"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_column_norms_of_more_than_one_block(transposed, dtype):
+    X = torch.randn(700, 333, dtype=dtype)
+    X = X.T if transposed else X
+    norms = fira.column_norms(X)
+    assert norms.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(norms.double(), X.double().square().sum(0).sqrt(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_group_without_rank_is_adamw_bit_for_bit(scale, dtype):
