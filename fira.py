@@ -118,7 +118,7 @@ if not hasattr(torch.ops.fira, "addmm_"):
     torch.library.define("fira::addmm_", "(Tensor(a!) W, Tensor P, Tensor N, float alpha) -> ()")
 
     @torch.library.impl("fira::addmm_", "default")
-    def addmm_(W: Tensor, P: Tensor, N: Tensor, alpha: float) -> None:
+    def _(W: Tensor, P: Tensor, N: Tensor, alpha: float) -> None:
         W.addmm_(P, N, alpha=alpha)
 
 
@@ -136,10 +136,10 @@ def alpha_coefficients(group: dict, projected: bool) -> tuple[float, float, floa
 def column_norms(X: Tensor) -> Tensor:
     """‖X_i‖ of each column of X (m, n), shape (n,), in at least float32 and without a copy of X."""
     dtype = torch.promote_types(X.dtype, torch.float32)
-    if X.is_cuda or torch.compiler.is_compiling() or (X.stride(0) == 1 and X.dtype == dtype):
+    if X.device.type != "cpu" or torch.compiler.is_compiling() or (X.stride(0) == 1 and X.dtype == dtype):
         return torch.linalg.vector_norm(X, dim=0, dtype=dtype)
     if X.stride(0) == 1:
-        return torch.cat([column_norms(some.to(dtype)) for some in X.split(max(1, BLOCK // len(X)), dim=1)])
+        return torch.cat([column_norms(some.to(dtype)) for some in X.split(max(1, BLOCK // max(1, len(X))), dim=1)])
     # Across the rows of memory torch's CPU kernel is slow; block by block this is 4 to 10 times faster.
     sums = X.new_zeros(max(1, BLOCK // X.shape[1]), X.shape[1], dtype=dtype)
     for rows in X.split(len(sums)):
@@ -159,7 +159,7 @@ def adamw_update(W: list[Tensor], G: list[Tensor], M: list[Tensor], V: list[Tens
     for w, g, m, v, step in zip(W, G, M, V, steps):
         w, g, m, v = map(torch.atleast_1d, (w, g, m, v))
         block = BLOCK if w.device.type == "cpu" else 2**24  # a GPU wants few large kernels
-        rows = max(1, block * len(w) // max(1, w.numel()))
+        rows = max(1, block * len(w) // max(1, w.numel())) if w.is_contiguous() else len(w)  # the kernel sees memory
         for w_, g_, m_, v_ in zip(w.split(rows), g.split(rows), m.split(rows), v.split(rows)):
             w32 = w_.to(m.dtype)
             adamw([w32], [g_.to(m.dtype)], [m_], [v_], [], [step.clone()], **options)
@@ -192,7 +192,8 @@ def subspace_iteration(G: Tensor, P: Tensor, size: float) -> Tensor:
 
 def random_projection(m: int, rank: int, seed: int, dtype: torch.dtype) -> Tensor:
     """Q (m, rank) of a seeded Gaussian's QR; drawn on the CPU, so it is the same on every device and process."""
-    return torch.linalg.qr(torch.randn(m, rank, dtype=dtype, generator=torch.Generator().manual_seed(seed))).Q
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(m, rank, dtype=dtype, device="cpu", generator=generator)).Q
 
 
 def find_projection(G: Tensor, P: Tensor | None, rank: int, proj_method: str, seed: int, size: float) -> Tensor:
@@ -229,8 +230,9 @@ class Fira(torch.optim.Optimizer):
     has it. The state of a projected weight, in an orientation with the projected side m first, is
     `projection` (m, r) in the weight's dtype, `exp_avg` and `exp_avg_sq` (r, n), column by column in memory,
     in float32 (float64 for float64 weights), `prev_norm` () and the numbers `step` and `index`, the
-    parameter's place. At rank ≥ the short side nothing is projected, and the update is α N. 16-bit weights
-    should be bfloat16: R and the update are computed in the weights' dtype, and float16 overflows.
+    parameter's place. At rank ≥ the short side nothing is projected, and the update is α N (with
+    `only_scaling`, α φ∘G). 16-bit weights should be bfloat16: R and the update are computed in the weights'
+    dtype, and float16 overflows.
 
     Args:
         params: parameters or groups; `param_groups(model, rank)` makes the groups for a transformer.
@@ -368,8 +370,9 @@ class Fira(torch.optim.Optimizer):
             params = [q for group in self.param_groups for q in group["params"]]
             state["index"] = next(i for i, q in enumerate(params) if q is p)
             state["step"] = 0
-            state["exp_avg"] = p.new_zeros(n, r if r < min(m, n) else m, dtype=dtype).T  # R's layout
-            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+            R = p.new_empty(n, r).T if r < min(m, n) else oriented(p, group["proj_type"])  # its shape and layout
+            state["exp_avg"] = torch.zeros_like(R, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(R, dtype=dtype)
             state["prev_norm"] = p.new_full((), math.inf, dtype=dtype)  # no norm yet: no limit yet
         T, count = group["update_proj_gap"], len(group["params"])
         offset = state["index"] % count * T // count if group["spread"] else 0
@@ -380,6 +383,7 @@ class Fira(torch.optim.Optimizer):
         return f"the gradient of a parameter of shape {tuple(p.shape)} in group {number}"
 
     def _change_subspaces(self, due: list[tuple[Tensor, dict]]) -> None:
+        @torch.no_grad()  # which holds for one thread
         def find(one):
             p, group = one
             state = self.state[p]
@@ -415,7 +419,7 @@ class Fira(torch.optim.Optimizer):
                 P *= torch.where((P * old).sum(0) < 0, -1.0, 1.0).to(P)
             elif old is not None:
                 M = state["exp_avg"]
-                M.copy_(P.T.to(M.dtype) @ (old.to(M.dtype) @ M))
+                M.copy_(P.T.to(M.dtype) @ old.to(M.dtype) @ M)
             state["projection"] = P.contiguous()
 
     def _step_adamw(self, group: dict, params: list[Tensor]) -> None:
@@ -441,7 +445,7 @@ class Fira(torch.optim.Optimizer):
                 state["exp_avg"],
                 state["exp_avg_sq"],
                 state["prev_norm"],
-                torch.tensor(lr * c_t, dtype=state["exp_avg"].dtype),
+                torch.tensor(lr * c_t, dtype=state["exp_avg"].dtype, device="cpu"),
                 coefficients=alpha_coefficients(group, projected),
                 **{k: group[k] for k in ("betas", "eps", "scaling", "gamma")},
             )

@@ -261,7 +261,7 @@ def test_subspace_iteration_converges_to_the_singular_vectors(shape, dtype):
 def test_the_whole_range_of_float32_and_a_low_rank(scale, proj_method):
     torch.manual_seed(0)
     G = scale * torch.randn(12, 3) @ torch.randn(3, 30)  # rank 3: the other two vectors are any orthonormal ones
-    P = fira.find_projection(G, None, 5, proj_method, seed=0).double()
+    P = fira.find_projection(G, None, 5, proj_method, 0, G.abs().max().item()).double()
     torch.testing.assert_close(P.T @ P, torch.eye(5).double(), rtol=0, atol=1e-5)
     torch.testing.assert_close((P @ (P.T @ G.double()) / scale).float(), G / scale, rtol=1e-4, atol=1e-4)
 
@@ -295,10 +295,26 @@ def test_random_projections_are_seeded_and_differ():
     assert not torch.allclose(optimizer.state[two[0]]["projection"], optimizer.state[two[1]]["projection"])
 
 
+@pytest.mark.parametrize("count", [1, 2])  # from two on, the subspaces are found in threads
+def test_nothing_in_a_step_follows_the_default_device_or_keeps_a_graph(count):
+    weights = [nn.Parameter(torch.randn(8, 20)) for _ in range(count)]
+    optimizer = Fira(weights, rank=3)
+    try:
+        torch.set_default_device("meta")  # stands for a GPU
+        for w in weights:
+            w.grad = 2 * w  # as after backward(create_graph=True)
+        optimizer.step()
+    finally:
+        torch.set_default_device(None)
+    kept = [x for w in weights for x in optimizer.state[w].values() if isinstance(x, torch.Tensor)]
+    assert not any(x.requires_grad or x.is_meta for x in kept)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_column_norms_of_more_than_one_block(transposed, dtype):
-    X = torch.randn(700, 333, dtype=dtype)
+@pytest.mark.parametrize("shape", [(700, 333), (0, 5), (5, 0)], ids=str)
+def test_column_norms_of_more_than_one_block_or_none(shape, transposed, dtype):
+    X = torch.randn(shape, dtype=dtype)
     X = X.T if transposed else X
     norms = fira.column_norms(X)
     assert norms.dtype == torch.promote_types(dtype, torch.float32)
@@ -322,13 +338,15 @@ def test_a_group_without_rank_is_adamw_bit_for_bit(scale, dtype):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-def test_adamw_of_bf16_weights_keeps_float32_moments():
-    p = nn.Parameter(torch.randn(700, 800).bfloat16())  # more than one block of rows
+@pytest.mark.parametrize("transposed", [False, True])
+def test_adamw_of_bf16_weights_keeps_float32_moments(transposed):
+    p = torch.randn(700, 800).bfloat16()  # more than one block of rows
+    p = nn.Parameter(p.T if transposed else p)
     reference = nn.Parameter(p.detach().float())
     scalar = nn.Parameter(torch.tensor(0.5).bfloat16())
     optimizer, adamw = Fira([p, scalar], lr=0.01), torch.optim.AdamW([reference], lr=0.01, weight_decay=0, fused=True)
     for _ in range(3):
-        p.grad, scalar.grad = torch.randn(700, 800).bfloat16(), torch.tensor(1.0).bfloat16()
+        p.grad, scalar.grad = torch.empty_like(p).normal_(), torch.tensor(1.0).bfloat16()
         reference.grad = p.grad.float()
         reference.data.copy_(p.detach())
         optimizer.step(), adamw.step()
