@@ -1911,7 +1911,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 def test_two_processes_train_as_one(workplace):
     """Up to the second change of the subspaces, which amplifies what rounding differs; rank 0 alone writes.
 
-    Adam amplifies it, too, in the few weights whose gradient is nearly zero, so this looks at the mean.
+    Adam amplifies it, too, where a gradient is nearly zero, so one weight in 10,000 may differ by more.
     """
     options = [*SMALL, "--steps", "20", "--grad_accum", "2", "--eval_interval", "10"]
     runs(train_script, *options, "--out", "one")
@@ -1921,7 +1921,8 @@ def test_two_processes_train_as_one(workplace):
     assert done.stdout.count("done       20 steps") == 1
     one, two = checkpoint(out="one"), checkpoint()
     for name, value in one["model"].items():
-        assert (two["model"][name] - value).abs().mean() < 1e-5
+        difference = (two["model"][name] - value).abs()
+        assert (difference > 2e-4).float().mean() < 1e-4 and difference.mean() < 1e-5
     losses = [[entry["loss"] for entry in saved["log"]] for saved in (one, two)]
     assert len(losses[1]) == 2 and losses[1] == pytest.approx(losses[0], abs=1e-4)
     wrong = subprocess.run([*command, *options, "--batch_size", "3"], capture_output=True, text=True)
