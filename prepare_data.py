@@ -253,7 +253,7 @@ def find_source(source: str, glob: str, shards: int) -> tuple[str, str, list[Par
         hint = f"did you mean {near[0]}?" if near else f"it is neither a file or folder nor one of {', '.join(names)}"
         raise InputError(f"no data {source!r}: {hint}")
     path, name = path.resolve(), name_of(path)
-    if not name.isprintable() or name in ("", *NAMES):
+    if not name.isprintable() or name.startswith(".") or name in ("", *NAMES):
         raise InputError(f"cannot name a data set {name!r}; rename {path}")
     if path.is_dir():
         try:
@@ -372,6 +372,17 @@ def alone() -> Iterator[None]:
         yield
 
 
+def check_replaceable(folder: Path, sources: list[Path]) -> None:
+    """Raise InputError unless data/<name> is absent, or a data set of ours that holds nothing of the source's."""
+    if any(folder.resolve() in path.resolve().parents for path in sources):
+        raise InputError(f"the text lies in {folder}, where its tokens would go: move or rename it first")
+    if folder.exists():
+        ours = {"train.bin", "val.bin", "meta.json"}
+        strangers = [folder.name] if not folder.is_dir() else sorted({path.name for path in folder.iterdir()} - ours)
+        if strangers:
+            raise InputError(f"{folder} holds something else than a data set ({strangers[0]}): move it or rename the text")
+
+
 @alone()
 def prepare(source: str, tokenizer: str = "bytes", glob: str = "*.txt", shards: int = 1) -> str:
     """Make data/<name> from a NAME or PATH; returns the name.
@@ -386,6 +397,7 @@ def prepare(source: str, tokenizer: str = "bytes", glob: str = "*.txt", shards: 
     dtype = next(t for t in ("uint8", "uint16", "uint32") if encoding.max_token_value <= np.iinfo(t).max)
     folder = DATA / name
     recover(folder)
+    check_replaceable(folder, [part.path for parts in splits for part in parts])
     for path in DATA.iterdir():
         if path.name.startswith(f".{name}.new-"):  # of a preparation that was killed
             shutil.rmtree(path)

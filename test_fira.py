@@ -1637,6 +1637,20 @@ def test_an_interrupted_replacement_leaves_the_old_data(workplace, monkeypatch):
     assert os.listdir("data") == ["text"] and prepare_data.load("text")[0] == old  # at once, not at the next use
 
 
+def test_nothing_of_the_users_in_the_data_folder_is_replaced(workplace):
+    text = Path("text.txt").read_bytes()
+    for path in ("data/corpus/a.txt", "data/corpus/b.txt", "data/foo/foo.txt", "data/.hidden.txt", "corpus.txt"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(text)
+    before = {path: path.read_bytes() for path in Path("data").rglob("*") if path.is_file()}
+    fails(prepare_data, "data/corpus", says="the text lies in data/corpus")
+    fails(prepare_data, "data/foo/foo.txt", says="the text lies in data/foo")
+    fails(prepare_data, "corpus.txt", says="holds something else than a data set (a.txt)")
+    fails(prepare_data, "data/.hidden.txt", says="cannot name a data set '.hidden'")
+    fails(train_script, "--data", "data/corpus", "--steps", 1, says="the text lies in data/corpus")
+    assert {path: path.read_bytes() for path in Path("data").rglob("*") if path.is_file()} == before
+
+
 def test_bad_data_is_named_in_one_line(workplace):
     Path("empty.txt").write_text("")
     Path("one.txt").write_text("1")
