@@ -3,7 +3,6 @@
 LLaMA (https://arxiv.org/abs/2302.13971): RMSNorm, rotary positions, SwiGLU, no biases, untied embeddings.
 GPT-2: LayerNorm, learned positions, GELU, biases, tied embeddings.
 `load_pretrained` takes the weights of either from Hugging Face's transformers, `export` gives them back.
-
 Shapes in the comments: B sequences, T tokens in each, C = d_model, H heads of D = C / H, K heads of keys and values.
 """
 
@@ -32,6 +31,7 @@ PRESETS = {
     "7b": ("llama", 4096, 11008, 32, 32),
     "gpt2": ("gpt2", 768, 3072, 12, 12),
 }
+NORMS = {"llama": nn.RMSNorm, "gpt2": nn.LayerNorm}
 
 
 @dataclass
@@ -40,10 +40,10 @@ class ModelConfig:
     block_size: int  # the longest context, in tokens
     kind: str = "llama"  # or "gpt2"
     d_model: int = 128
-    d_ff: int = 352  # width inside the MLP
+    d_ff: int | None = 352  # width inside the MLP; None: 4 d_model
     n_heads: int = 4
     n_layers: int = 4
-    # Where a checkpoint differs from the presets; None: as in the presets
+    # What other checkpoints may have; None: as in the presets
     n_kv_heads: int | None = None  # K: fewer than n_heads is grouped-query attention
     head_dim: int | None = None  # D: d_model / n_heads
     n_positions: int | None = None  # that the weights were made for, of which block_size are used
@@ -52,26 +52,21 @@ class ModelConfig:
     tied: bool | None = None  # the head is the embedding
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
-    # Its tokens that begin and end a text, and those at which its generation_config.json stops; for `export`
-    bos: int | None = None
+    bos: int | None = None  # the tokens that begin and end a text, kept for `export`
     eos: int | list[int] | None = None
-    generation_eos: int | list[int] | None = None
+    generation_eos: int | list[int] | None = None  # of generation_config.json
 
     def __post_init__(self):
-        gpt2 = self.kind == "gpt2"
-        presets = {"n_kv_heads": self.n_heads, "head_dim": self.d_model // self.n_heads, "n_positions": self.block_size}
-        presets |= {"norm_eps": 1e-5 if gpt2 else 1e-6, "tied": gpt2, "attention_bias": gpt2, "mlp_bias": gpt2}
-        for name, value in presets.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        if self.d_model % self.n_heads:
-            raise ValueError(f"a width of {self.d_model} is not a multiple of {self.n_heads} heads")
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"{self.n_heads} heads are not a multiple of {self.n_kv_heads} key and value heads")
+        gpt2, C, H, T = self.kind == "gpt2", self.d_model, self.n_heads, self.block_size
+        presets = {"n_kv_heads": H, "head_dim": C // H, "n_positions": T, "norm_eps": 1e-5 if gpt2 else 1e-6}
+        presets |= {"d_ff": 4 * C, "tied": gpt2, "attention_bias": gpt2, "mlp_bias": gpt2}
+        vars(self).update({name: value for name, value in presets.items() if getattr(self, name) is None})
+        if C % H or H % self.n_kv_heads:
+            raise ValueError(f"a width of {C}, {H} heads and {self.n_kv_heads} of keys and values: each a multiple")
         if not gpt2 and self.head_dim % 2:
             raise ValueError(f"rotary positions turn pairs: heads of {self.head_dim} are odd")
-        if not 1 <= self.block_size <= self.n_positions:
-            raise ValueError(f"a context of {self.block_size} tokens, but the model has {self.n_positions} positions")
+        if not 1 <= T <= self.n_positions:
+            raise ValueError(f"a context of {T} tokens, but the model has {self.n_positions} positions")
 
     @classmethod
     def preset(cls, name: str, vocab_size: int, block_size: int) -> "ModelConfig":
@@ -107,38 +102,28 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
-class SwiGLU(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
 class MLP(nn.Module):
+    """LLaMA's SwiGLU, or GPT-2's two layers with a GELU between them."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias) if config.kind == "llama" else None
         self.up = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
-
-
-def norm(config: ModelConfig) -> nn.Module:
-    return (nn.RMSNorm if config.kind == "llama" else nn.LayerNorm)(config.d_model, eps=config.norm_eps)
+        if self.gate is None:
+            return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.norm1 = norm(config)
+        self.norm1 = NORMS[config.kind](config.d_model, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.norm2 = norm(config)
-        self.mlp = SwiGLU(config) if config.kind == "llama" else MLP(config)
+        self.norm2 = NORMS[config.kind](config.d_model, eps=config.norm_eps)
+        self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: Tensor | None, start: int) -> Tensor:
         x = x + self.attention(self.norm1(x), rope, cache, start)
@@ -152,46 +137,37 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
-        C, T = config.d_model, config.block_size
+        self.config, C, D = config, config.d_model, config.head_dim
         self.embedding = nn.Embedding(config.vocab_size, C)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = norm(config)
+        self.norm = NORMS[config.kind](C, eps=config.norm_eps)
         self.head = nn.Linear(C, config.vocab_size, bias=False)
         if config.kind == "llama":
-            D = config.head_dim
             frequencies = config.rope_theta ** (-torch.arange(0, D, 2, device="cpu") / D)  # (D/2,)
-            angles = torch.outer(torch.arange(T, device="cpu"), frequencies).repeat(1, 2)  # (T, D)
+            angles = torch.outer(torch.arange(config.block_size, device="cpu"), frequencies).repeat(1, 2)  # (T, D)
             self.register_buffer("cos", angles.cos(), persistent=False)
             self.register_buffer("sin", angles.sin(), persistent=False)
         else:
             self.positions = nn.Embedding(config.n_positions, C)
         if config.tied:
             self.head.weight = self.embedding.weight
-        self.apply(self._init)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         if config.kind == "gpt2":  # keeps the residual stream's variance independent of the depth
             for block in self.blocks:
                 for layer in (block.attention.out, block.mlp.down):
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * config.n_layers))
 
-    @staticmethod
-    def _init(module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
-
-    def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, caches: Tensor | None = None, start: int = 0
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, caches: Tensor | None = None, start: int = 0):
         """Logits (B, T, vocab) of the tokens (B, T); given targets (B, T), their mean cross-entropy in nats.
 
         With caches (layers, 2, B, K, block_size, D), which it fills, the tokens are those from position `start` on
         (a single one if start > 0) and only the last one's logits (B, 1, vocab) are computed.
         """
-        T = tokens.shape[1]
-        x = self.embedding(tokens)  # (B, T, C)
-        rope = None
+        T, x, rope = tokens.shape[1], self.embedding(tokens), None  # x: (B, T, C)
         if self.config.kind == "llama":
             rope = self.cos[start : start + T].to(x.dtype), self.sin[start : start + T].to(x.dtype)
         else:
@@ -239,25 +215,22 @@ class Transformer(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus a trained product of rank r: W₀ x + (α/r) B A x.
-
-    https://arxiv.org/abs/2106.09685; α = 32 is GaLore's setting of this baseline.
-    """
+    """A frozen linear layer plus a trained product of rank r: W₀ x + (α/r) B A x (https://arxiv.org/abs/2106.09685)."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
         super().__init__()
         self.weight, self.bias = linear.requires_grad_(False).weight, linear.bias
         self.A = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
         self.B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.scale = alpha / rank
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.A), self.B) * self.scale
 
 
 def add_lora(model: Transformer, rank: int, alpha: float = 32.0) -> None:
-    """Put LoRA on every linear layer of the blocks, in place; embeddings, head and norms stay trained."""
+    """Put LoRA on every linear layer of the blocks, in place (α: GaLore's); embeddings, head and norms stay trained."""
     for block in model.blocks:
         for part in (block.attention, block.mlp):
             for name, layer in list(part.named_children()):
@@ -266,137 +239,110 @@ def add_lora(model: Transformer, rank: int, alpha: float = 32.0) -> None:
 
 # Weights from and to Hugging Face's transformers
 
-# Their configurations' fields, of either kind, and ours
-FIELDS = {"vocab_size": "vocab_size", "hidden_size": "d_model", "num_attention_heads": "n_heads"}
-FIELDS |= {"num_hidden_layers": "n_layers", "max_position_embeddings": "n_positions", "tie_word_embeddings": "tied"}
-FIELDS |= {"intermediate_size": "d_ff", "n_inner": "d_ff", "rms_norm_eps": "norm_eps", "layer_norm_epsilon": "norm_eps"}
-FIELDS |= {"num_key_value_heads": "n_kv_heads", "head_dim": "head_dim", "attention_bias": "attention_bias"}
-FIELDS |= {"mlp_bias": "mlp_bias", "bos_token_id": "bos", "eos_token_id": "eos"}
-# Fields that change what is computed, though a short text need not show it, and the values of the model above
-SUPPORTED = {"hidden_act": ["silu", "swish"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"]}
-SUPPORTED |= {"scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False]}
+# The fields of its configurations, of either kind, and of ours
+FIELDS = {name: name for name in ("vocab_size", "head_dim", "attention_bias", "mlp_bias")}
+FIELDS |= {"hidden_size": "d_model", "intermediate_size": "d_ff", "n_inner": "d_ff", "num_hidden_layers": "n_layers"}
+FIELDS |= {"num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "tie_word_embeddings": "tied"}
+FIELDS |= {"max_position_embeddings": "n_positions", "rms_norm_eps": "norm_eps", "layer_norm_epsilon": "norm_eps"}
+FIELDS |= {"bos_token_id": "bos", "eos_token_id": "eos"}
+# Fields that change what is computed though a short text need not show it, and what they may be besides None
+SUPPORTED = {"model_type": ["llama", "gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"]}
 SUPPORTED |= {
-    "architectures": [
-        [f"{name}{head}"] for name in ("Llama", "GPT2") for head in ("ForCausalLM", "LMHeadModel", "Model")
-    ]
+    "hidden_act": ["silu", "swish"],
+    "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False],
+    "add_cross_attention": [False],
 }
-SUPPORTED |= dict.fromkeys(["sliding_window", "per_layer_config", "quantization_config", "auto_map"], [None])
+SUPPORTED |= {"rope_type": ["default"], "type": ["default"], "factor": [1.0], "partial_rotary_factor": [1.0]}
+SUPPORTED |= {"sliding_window": [], "per_layer_config": [], "quantization_config": [], "auto_map": []}
 # The parts of our weights' names and theirs
-NAMES = {
-    "llama": {"embedding": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "head": "lm_head"}
-    | {"norm1": "input_layernorm", "attention": "self_attn", "norm2": "post_attention_layernorm"}
-    | {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj"}
-    | {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
-    "gpt2": {"embedding": "transformer.wte", "positions": "transformer.wpe", "blocks": "transformer.h"}
-    | {"norm": "transformer.ln_f", "head": "lm_head", "norm1": "ln_1", "attention": "attn", "norm2": "ln_2"}
-    | {"q": "c_attn", "k": "c_attn", "v": "c_attn", "out": "c_proj", "up": "c_fc", "down": "c_proj"},
-}
+LLAMA = {"embedding": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "head": "lm_head"}
+LLAMA |= {"norm1": "input_layernorm", "attention": "self_attn", "norm2": "post_attention_layernorm", "out": "o_proj"}
+LLAMA |= {part: f"{part}_proj" for part in ("q", "k", "v", "gate", "up", "down")}
+GPT2 = {"embedding": "transformer.wte", "positions": "transformer.wpe", "blocks": "transformer.h"}
+GPT2 |= {"norm": "transformer.ln_f", "head": "lm_head", "norm1": "ln_1", "attention": "attn", "norm2": "ln_2"}
+GPT2 |= {"q": "c_attn", "k": "c_attn", "v": "c_attn", "out": "c_proj", "up": "c_fc", "down": "c_proj"}
 
 
 @contextmanager
 def hugging_face(name: str | Path) -> Iterator:
-    """Gives transformers; whatever goes wrong with it, of many types and lines, becomes a ValueError of one line."""
+    """Gives transformers; whatever it raises, of many types and lines, becomes a ValueError of one line."""
     try:
         import transformers
 
-        if int(transformers.__version__.split(".")[0]) < 5:
-            raise ImportError(f"version {transformers.__version__} is older")
+        transformers.utils.versions.require_version("transformers>=5")
         yield transformers
-    except ImportError as error:
-        raise ValueError(f'{name}: this needs transformers 5 ({error}): pip install -e ".[hf]"') from None
     except Exception as error:
-        raise ValueError(f"{name}: {' '.join(str(error).split())[:400]}") from error
+        hint = ': pip install -e ".[hf]"' if isinstance(error, ImportError) else ""
+        raise ValueError(f"{name}: {' '.join(str(error).split())[:400]}{hint}") from error
 
 
-def our_config(theirs, block_size: int | None) -> ModelConfig:
-    """Raises ValueError for a configuration under which Transformer computes something else."""
-    kind, given, rope = theirs.model_type, theirs.to_dict(), getattr(theirs, "rope_parameters", None) or {}
-    if kind not in NAMES:
-        raise ValueError(f"the architecture {kind!r} is not supported, only 'llama' and 'gpt2' are")
-    for name, values in SUPPORTED.items():
-        if given.get(name) not in [None, *values]:
-            raise ValueError(f"{name} = {given[name]!r} is not supported, only {values[0]!r} is")
-    plain = ("rope_type", "default"), ("type", "default"), ("partial_rotary_factor", 1.0)
-    if any(name != "rope_theta" and (name, value) not in plain for name, value in rope.items()):
-        raise ValueError(f"scaled or partial rotary positions are not supported: {rope}")
-    fields = {ours: getattr(theirs, name) for name, ours in FIELDS.items() if hasattr(theirs, name)}
-    fields["d_ff"] = fields["d_ff"] or 4 * theirs.hidden_size  # GPT-2's may be None
-    block_size = theirs.max_position_embeddings if block_size is None else block_size
-    return ModelConfig(block_size=block_size, kind=kind, rope_theta=rope.get("rope_theta", 10000.0), **fields)
-
-
-def pairs(kind: str, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+def pairs(kind: str, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Each of our weights with its place in theirs, a view of the same shape: copying converts, either way."""
-    result, left = [], set(theirs)
     for name, weight in ours.items():
         *_, layer, _ = parts = name.split(".")
-        key = ".".join(NAMES[kind].get(part, part) for part in parts)
-        place = theirs.get(key, torch.empty(0))
-        if kind == "gpt2" and parts[0] == "blocks":
+        place = theirs[".".join((LLAMA if kind == "llama" else GPT2).get(part, part) for part in parts)]
+        if kind == "gpt2" and "blocks" in parts:
             place = place.t()  # GPT-2 keeps the matrices of its blocks as (inputs, outputs), and q, k, v in one
             place = place.chunk(3)["qkv".index(layer)] if layer in "qkv" else place
-        if place.shape != weight.shape:
-            raise ValueError(f"transformers' {kind} has no place for {name} {list(weight.shape)}")
-        result.append((weight, place))
-        left.discard(key)
-    if left:
-        raise ValueError(f"transformers' {kind} has {min(left)}, this model has not")
-    return result
+        yield weight, place.view_as(weight)
 
 
 @torch.no_grad()
 def load_pretrained(name: str | Path, block_size: int | None = None) -> Transformer:
     """The GPT-2 or LLaMA of a folder, or of a name on the Hugging Face hub, in float32.
 
-    block_size: a shorter context than the checkpoint's (whose positions stay in the weights, for `export`).
-    Raises ValueError, in one line, for all but a whole checkpoint whose every part this file computes: before it
-    returns, logits are compared with those that transformers computes.
+    block_size: a shorter context than the checkpoint's, whose positions stay in the weights. Raises ValueError, in one
+    line, for all but a whole checkpoint of which everything is computed here: logits are compared with the original's.
     """
     with hugging_face(name) as transformers:
-        config = our_config(transformers.AutoConfig.from_pretrained(name, trust_remote_code=False), block_size)
+        theirs = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        given = theirs.to_dict()
+        given |= given.get("rope_parameters") or {}
+        for field, values in SUPPORTED.items():
+            if given.get(field) not in [None, *values]:
+                raise ValueError(f"{field} {given[field]!r} is not supported, only {values or None} is")
+        fields = {ours: getattr(theirs, field) for field, ours in FIELDS.items() if hasattr(theirs, field)}
+        fields |= {"kind": theirs.model_type, "rope_theta": given.get("rope_theta", 10000.0)}
+        config = ModelConfig(block_size=fields["n_positions"] if block_size is None else block_size, **fields)
         theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False, attn_implementation="eager", output_loading_info=True
         )
-        for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-            if wrong := sorted(str(key) for key in info[what] if not str(key).endswith("masked_bias")):  # a constant
-                raise ValueError(f"{what.replace('_', ' ')} in the weights: {wrong[0]} and {len(wrong) - 1} more")
-        with torch.random.fork_rng(devices=[]):
-            model = Transformer(config)
+        config.generation_eos = theirs.generation_config.eos_token_id
+        for wrong in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            if keys := sorted(str(key) for key in info[wrong] if not str(key).endswith("masked_bias")):  # a constant
+                raise ValueError(f"{wrong.replace('_', ' ')} in the weights: {', '.join(keys)}")
+        model = Transformer(config)
         for weight, place in pairs(config.kind, model.state_dict(), theirs.state_dict()):
             weight.copy_(place)
-        generator = torch.Generator().manual_seed(0)
-        text = torch.randint(config.vocab_size, (2, min(config.block_size, 64)), generator=generator)
+        text = torch.randint(config.vocab_size, (2, min(config.block_size, 64)))
         expected = theirs.eval()(text).logits
-        apart, size = (model(text) - expected).abs().max().item(), expected.std().item()
-        if not apart <= 1e-3 * size:  # rounding is some 1e-6; NaN is refused too
-            raise ValueError(f"transformers computes other logits: {apart:.2g} apart, of size {size:.2g}")
-        config.generation_eos = theirs.generation_config.eos_token_id
+        if not torch.allclose(model(text), expected, rtol=0, atol=1e-3 * expected.std()):  # rounding: 1e-6
+            raise ValueError("transformers computes other logits")
     return model
 
 
 @torch.no_grad()
 def export(model: Transformer, folder: str | Path, tokenizer: str | None = None, eos: int | None = None) -> None:
-    """Write a model, in its own dtype, for transformers and `load_pretrained`; LoRA's products are in the weights.
+    """Write a model, in its own dtype and with LoRA's products in the weights, for transformers and `load_pretrained`.
 
-    tokenizer: a name or folder whose tokenizer goes with it. eos: the token between the data's documents, for a model
-    that has none. All is written beside and moved when it is whole; other files in the folder stay. Raises ValueError.
+    tokenizer: a name or folder, whose tokenizer goes with it. eos: the token that ends a text, for a model without.
+    All is written beside and moved when it is whole; other files in the folder stay. Raises ValueError.
     """
     config, weights, folder = model.config, model.state_dict(), Path(folder).resolve()
     for name, layer in model.named_modules():
         if isinstance(layer, LoRALinear):
-            product = weights.pop(f"{name}.B") @ weights.pop(f"{name}.A")
-            weights[f"{name}.weight"] = layer.weight + layer.scale * product
+            B, A = weights.pop(f"{name}.B"), weights.pop(f"{name}.A")
+            weights[f"{name}.weight"] = torch.addmm(layer.weight, B, A, alpha=layer.scale)
     with hugging_face(folder) as transformers:
         theirs = transformers.AutoConfig.for_model(config.kind)
-        for name, ours in FIELDS.items():
-            if hasattr(theirs, name):
-                setattr(theirs, name, getattr(config, ours))
+        fields = {field: getattr(config, ours) for field, ours in FIELDS.items()}
+        theirs.update({field: value for field, value in fields.items() if hasattr(theirs, field)})
         if config.kind == "llama":
             theirs.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_theta}
         if config.eos is None:
             theirs.bos_token_id, theirs.eos_token_id = eos if config.bos is None else config.bos, eos
-        with torch.random.fork_rng(devices=[]):
-            theirs = transformers.AutoModelForCausalLM.from_config(theirs).to(model.embedding.weight.dtype)
+        theirs = transformers.AutoModelForCausalLM.from_config(theirs).to(model.embedding.weight.dtype)
         for weight, place in pairs(config.kind, weights, theirs.state_dict()):
             place.copy_(weight)
         theirs.generation_config.eos_token_id = config.generation_eos or theirs.config.eos_token_id
@@ -404,10 +350,8 @@ def export(model: Transformer, folder: str | Path, tokenizer: str | None = None,
         with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
             theirs.save_pretrained(temporary, max_shard_size="1000GB")  # one file, which goes before older shards
             if tokenizer is not None:
-                transformers.AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(
-                    temporary
-                )
-            load_pretrained(temporary, config.block_size)  # compares logits
+                transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(temporary)
+            load_pretrained(temporary, config.block_size)
             folder.mkdir(exist_ok=True)
             for path in Path(temporary).iterdir():
                 path.replace(folder / path.name)
