@@ -6,7 +6,6 @@ GPT-2: LayerNorm, learned positions, GELU, biases, tied embeddings.
 Shapes in the comments: B sequences, T tokens in each, C = d_model, H heads of D = C / H, K heads of keys and values.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,9 +51,8 @@ class ModelConfig:
     tied: bool | None = None  # the head is the embedding
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
-    bos: int | None = None  # the tokens that begin and end a text, kept for `export`
+    bos: int | None = None  # the tokens that begin and end a text: for `export`
     eos: int | list[int] | None = None
-    generation_eos: int | list[int] | None = None  # of generation_config.json
 
     def __post_init__(self):
         gpt2, C, H, T = self.kind == "gpt2", self.d_model, self.n_heads, self.block_size
@@ -62,7 +60,9 @@ class ModelConfig:
         presets |= {"d_ff": 4 * C, "tied": gpt2, "attention_bias": gpt2, "mlp_bias": gpt2}
         vars(self).update({name: value for name, value in presets.items() if getattr(self, name) is None})
         if C % H or H % self.n_kv_heads:
-            raise ValueError(f"a width of {C}, {H} heads and {self.n_kv_heads} of keys and values: each a multiple")
+            raise ValueError(
+                f"a width of {C}, {H} heads and {self.n_kv_heads} for keys: each must be a multiple of the next"
+            )
         if not gpt2 and self.head_dim % 2:
             raise ValueError(f"rotary positions turn pairs: heads of {self.head_dim} are odd")
         if not 1 <= T <= self.n_positions:
@@ -112,9 +112,8 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gate is None:
-            return self.down(F.gelu(self.up(x), approximate="tanh"))
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        x = F.gelu(self.up(x), approximate="tanh") if self.gate is None else F.silu(self.gate(x)) * self.up(x)
+        return self.down(x)
 
 
 class Block(nn.Module):
@@ -159,7 +158,7 @@ class Transformer(nn.Module):
         if config.kind == "gpt2":  # keeps the residual stream's variance independent of the depth
             for block in self.blocks:
                 for layer in (block.attention.out, block.mlp.down):
-                    nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * config.n_layers))
+                    nn.init.normal_(layer.weight, std=0.02 / (2 * config.n_layers) ** 0.5)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, caches: Tensor | None = None, start: int = 0):
         """Logits (B, T, vocab) of the tokens (B, T); given targets (B, T), their mean cross-entropy in nats.
@@ -178,20 +177,15 @@ class Transformer(nn.Module):
                 x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*inputs)
-        if caches is not None:
-            x = x[:, -1:]
-        logits = self.head(self.norm(x))
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        logits = self.head(self.norm(x if caches is None else x[:, -1:]))
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @torch.no_grad()
     def generate(self, tokens: list[int] | Tensor, n: int, temperature: float = 0.8, top_k: int = 50) -> Iterator[int]:
-        """Yields n tokens that follow the given ones (at least one), each as soon as it is sampled.
+        """Yields n tokens that follow the given ones, each as soon as it is drawn from the top_k likeliest.
 
-        A token is drawn from the top_k likeliest; temperature 0 takes the likeliest. Keys and values are cached, so a
-        token costs one step of the model however many were written. When the context is full, it goes on from the last
-        half of it, read anew from position 0: positions stay those of training, and the cost stays bounded.
+        Keys and values are cached, so a token costs one step of the model however many were written. When the context
+        is full, it goes on from the last half of it, read anew from position 0: positions stay those of training.
         """
         config, weight, tokens = self.config, self.embedding.weight, list(map(int, tokens))
         if not tokens:
@@ -205,7 +199,7 @@ class Transformer(nn.Module):
             new = torch.tensor([tokens[start:]], device=weight.device)
             logits = self(new, caches=caches, start=start)[0, -1].float()  # (vocab,)
             start = len(tokens)
-            if temperature < 1e-6:  # the likeliest again, and logits / temperature could be infinite
+            if temperature < 1e-6:  # the likeliest; logits / temperature could be infinite
                 token = logits.argmax()
             else:
                 kept, ids = (logits / temperature).topk(min(top_k, len(logits)))
@@ -223,7 +217,7 @@ class LoRALinear(nn.Module):
         self.A = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
         self.B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
         self.scale = alpha / rank
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.A), self.B) * self.scale
@@ -237,23 +231,16 @@ def add_lora(model: Transformer, rank: int, alpha: float = 32.0) -> None:
                 setattr(part, name, LoRALinear(layer, min(rank, *layer.weight.shape), alpha))
 
 
-# Weights from and to Hugging Face's transformers
-
-# The fields of its configurations, of either kind, and of ours
+# Weights from and to Hugging Face's transformers: the fields of its configurations, of either kind, and of ours
 FIELDS = {name: name for name in ("vocab_size", "head_dim", "attention_bias", "mlp_bias")}
 FIELDS |= {"hidden_size": "d_model", "intermediate_size": "d_ff", "n_inner": "d_ff", "num_hidden_layers": "n_layers"}
 FIELDS |= {"num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "tie_word_embeddings": "tied"}
 FIELDS |= {"max_position_embeddings": "n_positions", "rms_norm_eps": "norm_eps", "layer_norm_epsilon": "norm_eps"}
 FIELDS |= {"bos_token_id": "bos", "eos_token_id": "eos"}
 # Fields that change what is computed though a short text need not show it, and what they may be besides None
-SUPPORTED = {"model_type": ["llama", "gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"]}
-SUPPORTED |= {
-    "hidden_act": ["silu", "swish"],
-    "scale_attn_weights": [True],
-    "scale_attn_by_inverse_layer_idx": [False],
-    "add_cross_attention": [False],
-}
-SUPPORTED |= {"rope_type": ["default"], "type": ["default"], "factor": [1.0], "partial_rotary_factor": [1.0]}
+SUPPORTED = {"model_type": ["llama", "gpt2"], "hidden_act": ["silu", "swish"], "scale_attn_weights": [True]}
+SUPPORTED |= {"activation_function": ["gelu_new", "gelu_pytorch_tanh"], "add_cross_attention": [False]}
+SUPPORTED |= {"scale_attn_by_inverse_layer_idx": [False], "rope_type": ["default"], "partial_rotary_factor": [1.0]}
 SUPPORTED |= {"sliding_window": [], "per_layer_config": [], "quantization_config": [], "auto_map": []}
 # The parts of our weights' names and theirs
 LLAMA = {"embedding": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "head": "lm_head"}
@@ -290,15 +277,13 @@ def pairs(kind: str, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Iter
 
 @torch.no_grad()
 def load_pretrained(name: str | Path, block_size: int | None = None) -> Transformer:
-    """The GPT-2 or LLaMA of a folder, or of a name on the Hugging Face hub, in float32.
+    """The GPT-2 or LLaMA of a folder or a name on the Hugging Face hub, in float32, with its context or a shorter one.
 
-    block_size: a shorter context than the checkpoint's, whose positions stay in the weights. Raises ValueError, in one
-    line, for all but a whole checkpoint of which everything is computed here: logits are compared with the original's.
+    What this file does not compute is refused, by a ValueError of one line: fields and logits are compared with theirs.
     """
     with hugging_face(name) as transformers:
         theirs = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        given = theirs.to_dict()
-        given |= given.get("rope_parameters") or {}
+        given = theirs.to_dict() | (getattr(theirs, "rope_parameters", None) or {})
         for field, values in SUPPORTED.items():
             if given.get(field) not in [None, *values]:
                 raise ValueError(f"{field} {given[field]!r} is not supported, only {values or None} is")
@@ -308,7 +293,7 @@ def load_pretrained(name: str | Path, block_size: int | None = None) -> Transfor
         theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False, attn_implementation="eager", output_loading_info=True
         )
-        config.generation_eos = theirs.generation_config.eos_token_id
+        config.eos = theirs.generation_config.eos_token_id or config.eos  # it may name more of them
         for wrong in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if keys := sorted(str(key) for key in info[wrong] if not str(key).endswith("masked_bias")):  # a constant
                 raise ValueError(f"{wrong.replace('_', ' ')} in the weights: {', '.join(keys)}")
@@ -316,7 +301,7 @@ def load_pretrained(name: str | Path, block_size: int | None = None) -> Transfor
         for weight, place in pairs(config.kind, model.state_dict(), theirs.state_dict()):
             weight.copy_(place)
         text = torch.randint(config.vocab_size, (2, min(config.block_size, 64)))
-        expected = theirs.eval()(text).logits
+        expected = theirs(text).logits
         if not torch.allclose(model(text), expected, rtol=0, atol=1e-3 * expected.std()):  # rounding: 1e-6
             raise ValueError("transformers computes other logits")
     return model
@@ -327,7 +312,7 @@ def export(model: Transformer, folder: str | Path, tokenizer: str | None = None,
     """Write a model, in its own dtype and with LoRA's products in the weights, for transformers and `load_pretrained`.
 
     tokenizer: a name or folder, whose tokenizer goes with it. eos: the token that ends a text, for a model without.
-    All is written beside and moved when it is whole; other files in the folder stay. Raises ValueError.
+    All is written beside, loaded again, and moved; other files in the folder stay. Raises ValueError.
     """
     config, weights, folder = model.config, model.state_dict(), Path(folder).resolve()
     for name, layer in model.named_modules():
@@ -336,8 +321,7 @@ def export(model: Transformer, folder: str | Path, tokenizer: str | None = None,
             weights[f"{name}.weight"] = torch.addmm(layer.weight, B, A, alpha=layer.scale)
     with hugging_face(folder) as transformers:
         theirs = transformers.AutoConfig.for_model(config.kind)
-        fields = {field: getattr(config, ours) for field, ours in FIELDS.items()}
-        theirs.update({field: value for field, value in fields.items() if hasattr(theirs, field)})
+        theirs.update({field: getattr(config, ours) for field, ours in FIELDS.items() if hasattr(theirs, field)})
         if config.kind == "llama":
             theirs.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_theta}
         if config.eos is None:
@@ -345,7 +329,6 @@ def export(model: Transformer, folder: str | Path, tokenizer: str | None = None,
         theirs = transformers.AutoModelForCausalLM.from_config(theirs).to(model.embedding.weight.dtype)
         for weight, place in pairs(config.kind, weights, theirs.state_dict()):
             place.copy_(weight)
-        theirs.generation_config.eos_token_id = config.generation_eos or theirs.config.eos_token_id
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
             theirs.save_pretrained(temporary, max_shard_size="1000GB")  # one file, which goes before older shards
