@@ -280,7 +280,7 @@ def load_pretrained(name: str | Path, block_size: int | None = None) -> Transfor
 
     What this file does not compute is refused, by a ValueError of one line: fields and logits are compared with theirs.
     """
-    with hugging_face(name) as transformers:
+    with hugging_face(name if Path(name).exists() else f"{name} (no such folder; on the hub)") as transformers:
         theirs = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         given = theirs.to_dict()
         theta = (given.get("rope_parameters") or {}).get("rope_theta", 10000.0)
