@@ -38,6 +38,9 @@ def test_sizes_are_those_of_the_paper_and_of_gpt2():
     # 2 V d + L (4 d² + 3 d f) + (2 L + 1) d
     assert counts == {"60m": 58_073_600, "130m": 134_105_856, "350m": 367_969_280, "1b": 1_339_082_752}
     assert sum(p.numel() for p in gpt2.parameters()) == 124_439_808  # the published GPT-2 small
+    assert gpt2.norm.eps == 1e-5 and ModelConfig.preset("60m", 32000, 256).norm_eps == 1e-6
+    scale = [layer.weight.std().item() for layer in (small_model("gpt2").blocks[1].mlp.down, small_model().head)]
+    assert scale == pytest.approx([0.01, 0.02], rel=0.1)  # 0.02 / sqrt(2 * 2 layers), 0.02
 
 
 def test_sizes_that_do_not_fit_are_refused():
@@ -361,6 +364,9 @@ def test_what_is_not_one_whole_checkpoint_is_refused(tmp_path):
         (tmp_path / "a" / "model.safetensors").write_bytes(good)
         change_weights(tmp_path / "a", change)
         refuses(tmp_path / "a", says)
+    theirs(tmp_path / "tied", "llama_grouped")
+    change_weights(tmp_path / "tied", lambda w: w | {"lm_head.weight": torch.randn(61, 32)})
+    refuses(tmp_path / "tied", "other logits")
     (tmp_path / "a" / "model.safetensors").unlink()
     refuses(tmp_path / "a", "model.safetensors")
     for damaged in (b"{", b"\xff\xfe", b"", b"[]"):
