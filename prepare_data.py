@@ -24,7 +24,6 @@ import os
 import random
 import re
 import sys
-import sysconfig
 import tempfile
 import urllib.request
 import zlib
@@ -118,11 +117,12 @@ def hf_tokenizer(name: str) -> Tokenizer:
 
     # LLaMA's puts a space before a text, which decoding takes away, but not before one that begins with a space.
     prefix = " " if decode(encode_batch([" a"])[0]) == "a" else ""
-    probe = " Don't  stop.\n\n\tNot 1,234\u00e9 \u4f60 </s> !"
-    if decode(encode_batch([probe])[0]) != probe:  # losses are counted per byte: text that is lost would flatter a model
-        raise ValueError("it does not give every text back as it was")
     if tokenizer.eos_token_id is None:
         raise ValueError("it has no eos token, which separates documents")
+    text = f" Don't  stop.\n\n\tNot 1,234\u00e9 \u4f60 {tokenizer.eos_token}"
+    ids = encode_batch([text])[0]  # losses are counted per byte: text that is lost would flatter a model
+    if decode(ids) != text or tokenizer.eos_token_id in ids:
+        raise ValueError("it gives a text back changed, or reads its eos token out of a text")
     # The size is len(tokenizer), unless ids have gaps; the model's may be larger, padded to a round number.
     return Tokenizer(max(tokenizer.get_vocab().values()) + 1, tokenizer.eos_token_id, encode_batch, decode)
 
@@ -160,7 +160,7 @@ def find_files(name: str, path: Path | None, glob: str, shards: int) -> tuple[st
         path.write_bytes(content)
     if path and path.is_file():
         return str(path), {path: ""}
-    root = path or Path(sysconfig.get_path("stdlib"))
+    root = path or Path(os.__file__).parent
     files = [file for file in root.rglob(glob if path else "*.py") if file.is_file() and file.name not in FILES]
     if not path:
         left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -200,21 +200,15 @@ def documents(path: Path, is_split: bool) -> Iterator[str]:
 
 
 def pieces(files: dict[Path, str]) -> Iterator[tuple[str, str, bool]]:
-    """(split, piece of text, whether it begins a document) of all documents in order.
-
-    A long document is cut before a space or line end that follows a letter or digit. No token spans such a place: the
-    regular expressions of GPT-2 and its followers begin a new word there, whatever comes before, and in SentencePiece's
-    vocabularies a space only begins a token. So the tokens are those of the document as a whole.
-    """
-    border = re.compile(r"(?<=[^\W_])[ \n]")
+    """(split, piece of text, whether it begins a document) of all documents in order."""
+    # A long document is cut before a space or line end that follows a letter or digit. No token spans such a place: the
+    # patterns of GPT-2 and its followers begin a new word there, and in SentencePiece's vocabularies a space only begins
+    # a token. So the tokens are those of the document as a whole.
+    piece = re.compile(rf"(?s).{{{PIECE},}}?(?<=[^\W_])(?=[ \n])|.+")
     for path, split in files.items():
         for i, text in enumerate(documents(path, is_split=not split)):
-            start = 0
-            while start < len(text):
-                found = border.search(text, start + PIECE)
-                end = found.start() if found else len(text)
-                yield split or ("val" if i % 10 == 1 else "train"), text[start:end], start == 0
-                start = end
+            for found in piece.finditer(text):
+                yield split or ("val" if i % 10 == 1 else "train"), found[0], found.start() == 0
 
 
 def prepare(source: str, tokenizer: str = "bytes", glob: str = "*.txt", shards: int = 1) -> str:
@@ -223,52 +217,47 @@ def prepare(source: str, tokenizer: str = "bytes", glob: str = "*.txt", shards: 
     What is there already is replaced when all of the new is written, and only if it is a data set.
     """
     name, path = locate(source)
-    folder = DATA / name
-    if path and folder.resolve() in (path, *path.parents):
-        raise InputError(f"the text lies in {folder}, where its tokens would go: move or rename it first")
+    folder, encoder = DATA / name, get_tokenizer(tokenizer)
     there = {file.name for file in folder.iterdir()} if folder.is_dir() else {name} if os.path.lexists(folder) else set()
-    if strangers := sorted(there - {*FILES}):
-        raise InputError(f"{folder} holds something else than a data set ({strangers[0]}): move it or rename the text")
+    if there - {*FILES} or path and folder.resolve() in (path, *path.parents):
+        holds = f"holds {min(there - {*FILES}, default=source)}, which is no part of a data set"
+        raise InputError(f"{folder}, where the tokens would go, {holds}: move it or rename the text")
     if not 1 <= shards <= (most := HUB[name][3] if name in HUB else 1):
         raise InputError(f"--shards {shards}: {source} has {most}" + " (it is for c4)" * (most == 1))
-    encoder = get_tokenizer(tokenizer)
     if Path(local := tokenizer.removeprefix("hf:")).exists():  # to be found from any folder
         tokenizer = tokenizer[: -len(local)] + str(Path(local).resolve())
     dtype = next(t for t in DTYPES if encoder.n_vocab - 1 <= np.iinfo(t).max)
     meta = {"name": name, "tokenizer": tokenizer, "dtype": dtype, **dict.fromkeys(COUNTS, 0)}
-    meta["vocab_size"] = encoder.n_vocab
-    sha256, n_letter = hashlib.sha256(), len(encoder.encode("a"))
+    meta["vocab_size"], n_letter, sha256 = encoder.n_vocab, len(encoder.encode("a")), hashlib.sha256()
     try:
         DATA.mkdir(parents=True, exist_ok=True)
         meta["source"], files = find_files(name, path, glob, shards)
-        meta["source_bytes"] = sum(file.stat().st_size for file in files)
+        meta["source_bytes"], stream = sum(file.stat().st_size for file in files), pieces(files)
         with tempfile.TemporaryDirectory(prefix="unfinished-", dir=DATA) as new, tqdm(unit="B", unit_scale=True) as bar:
-            new, stream = Path(new), pieces(files)
-            with open(new / "train.bin", "wb") as train, open(new / "val.bin", "wb") as val:
-                while batch := list(itertools.islice(stream, 64)):  # tokenized on all cores
-                    # LLaMA's tokenizer puts a space before each text, which is right where a document begins. A piece
-                    # that continues one gets a letter in front, as it had there, whose tokens are then taken off.
-                    encoded = encoder.encode_batch([text if first else "a" + text for _, text, first in batch])
-                    for (split, text, first), ids in zip(batch, encoded):
-                        ids = np.asarray(ids if first else ids[n_letter:], dtype)
-                        if first and meta[f"{split}_tokens"]:
-                            ids = np.insert(ids, 0, encoder.end_of_text)
-                        (train if split == "train" else val).write(ids)
-                        meta[f"{split}_tokens"] += len(ids)
-                        n_bytes = len(text.encode())
-                        meta[f"{split}_bytes"] += n_bytes
-                        bar.update(n_bytes)
+            while batch := list(itertools.islice(stream, 64)):  # tokenized on all cores
+                # LLaMA's tokenizer puts a space before each text, which is right where a document begins. A piece that
+                # continues one gets a letter in front, as it had there, whose tokens are then taken off.
+                encoded = encoder.encode_batch([text if first else "a" + text for _, text, first in batch])
+                for (split, text, first), ids in zip(batch, encoded):
+                    ids = np.asarray(ids if first else ids[n_letter:], dtype)
+                    if first and meta[f"{split}_tokens"]:
+                        ids = np.insert(ids, 0, encoder.end_of_text)
+                    with open(Path(new, f"{split}.bin"), "ab") as file:
+                        file.write(ids)
+                    meta[f"{split}_tokens"] += len(ids)
+                    meta[f"{split}_bytes"] += len(text.encode())
+                    bar.update(len(text.encode()))
             if not meta["train_tokens"] or not meta["val_tokens"]:
                 raise InputError(f"{source} is empty, or too short to be split into training and validation text")
             for split in ("train", "val"):
-                sha256.update(np.memmap(new / f"{split}.bin", dtype, "r"))
+                sha256.update(np.memmap(Path(new, f"{split}.bin"), dtype, "r"))
             n_bytes, n_tokens = (meta[f"train_{unit}"] + meta[f"val_{unit}"] for unit in ("bytes", "tokens"))
             meta |= {"bytes_per_token": n_bytes / n_tokens, "sha256": sha256.hexdigest()}
-            (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+            Path(new, "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
             folder.mkdir(exist_ok=True)
             (folder / "meta.json").unlink(missing_ok=True)
             for file in FILES:  # meta.json is the last
-                (new / file).replace(folder / file)
+                Path(new, file).replace(folder / file)
     except ImportError:
         raise InputError(f'{name} needs huggingface_hub: pip install -e ".[hf]"') from None
     except (OSError, ValueError, NotImplementedError) as error:  # a full disk, no network, a bad --glob ...
