@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import sysconfig
@@ -136,10 +137,9 @@ def lines_of(texts):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_a_text_comes_back_exactly_and_is_tokenized_as_a_whole(tokenizer_at, monkeypatch, name):
+def test_a_text_comes_back_exactly_and_is_tokenized_as_a_whole(tokenizer_at, name):
     content = TEXT * 100
     Path("uni.txt").write_bytes(content.encode())
-    monkeypatch.setattr(prepare_data, "PIECE", 100)  # so that there are many pieces
     main("uni.txt", "--tokenizer", tokenizer_at(name))
     texts, (meta, *arrays) = decoded("uni"), load("uni")
     assert "".join(texts) == content and texts[0].endswith("\n") and 0.08 < len(texts[1]) / len(content) <= 0.1
@@ -152,13 +152,6 @@ def test_a_text_comes_back_exactly_and_is_tokenized_as_a_whole(tokenizer_at, mon
     assert meta["bytes_per_token"] == n_bytes / sum(map(len, arrays)) and meta["source_bytes"] == n_bytes
     assert meta["sha256"] == hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
     assert meta["dtype"] == "uint16" and meta["vocab_size"] == tokenizer.n_vocab
-
-
-def test_long_texts_are_cut(workplace):
-    Path("a.txt").write_text("word " * 100_000)
-    pieces = list(prepare_data.pieces({Path("a.txt"): ""}))
-    assert len(pieces) > 5 and max(len(text) for _, text, _ in pieces) < prepare_data.PIECE + 10
-    assert [split for split, _, first in pieces if first] == ["train", "val"]
 
 
 @pytest.mark.parametrize("name", BUILT)
@@ -190,13 +183,13 @@ def test_a_checkpoints_tokenizer_prepares_data(tokenizer_at):
 
 
 def test_tokenizers_that_cannot_be_used_are_refused(workplace, built, monkeypatch):
-    for name, says in (("no-eos", "no eos token"), ("lower-case", "gives a text back changed"), ("none", "none")):
+    for name, says in (("no-eos", "no eos token"), ("lower-case", "a text back changed"), ("none", "none")):
         fails("text.txt", "--tokenizer", f"hf:{built / name}", says=says)
-    fails("text.txt", "--tokenizer", f"hf:{built / 'reads-eos'}", says="reads its eos token out of a text")
+    fails("text.txt", "--tokenizer", f"hf:{built / 'reads-eos'}", says="or reads it out of a text")
     Path("config.json").write_text('{"model_type": "gpt2"}')  # transformers makes an empty tokenizer of it
     fails("text.txt", "--tokenizer", "hf:.", says="cannot load the tokenizer")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    fails("text.txt", "--tokenizer", f"hf:{built / 'llama'}", says="needs transformers: pip install")
+    fails("text.txt", "--tokenizer", f"hf:{built / 'llama'}", says="the extra hf is needed: pip install")
     assert not Path("data").exists() or os.listdir("data") == []
 
 
@@ -228,23 +221,23 @@ def test_the_gpt2_tokenizer_comes_from_tiktokens_cache(workplace, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["docs.jsonl", "docs.jsonl.gz", "docs.json.gz", "docs.txt.gz"])
-def test_json_lines_and_gzip(tokenizer_at, monkeypatch, name):
+def test_json_lines_and_gzip(tokenizer_at, name):
     texts = [f"{i} {TEXT * (i % 5)}" for i in range(40)] + ["x" * 700 + " y" * 900]
     content = b"\n" + lines_of([*texts, ""]) + b" \n" if "json" in name else "\n".join(texts).encode()
     Path(name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    for piece in (2**20, 100):
-        monkeypatch.setattr(prepare_data, "PIECE", piece)
-        prepare(name, tokenizer_at("tiny.tiktoken"))
-        meta, train, val = load("docs")
-        splits = [text for i, text in enumerate(texts) if i % 10 != 1], texts[1::10]
-        if "json" not in name:
-            splits = [[text] for text in decoded("docs")]
-            assert "".join(decoded("docs")).encode() == content and 0.05 < meta["val_bytes"] / len(content) <= 0.1
-        tokenizer = get_tokenizer("tiny.tiktoken")
-        for split, tokens, documents in zip(("train", "val"), (train, val), splits):
-            ids = [[256 + 11, *tokenizer.encode(text)] for text in documents]
-            assert tokens.tolist() == list(itertools.chain(*ids))[1:]
-            assert meta[f"{split}_bytes"] == sum(len(text.encode()) for text in documents)
+    prepare(name, tokenizer_at("tiny.tiktoken"))
+    meta, train, val = load("docs")
+    splits = [text for i, text in enumerate(texts) if i % 10 != 1], texts[1::10]
+    if "json" not in name:
+        splits = [[text] for text in decoded("docs")]
+        assert "".join(decoded("docs")).encode() == content and 0.05 < meta["val_bytes"] / len(content) <= 0.1
+    tokenizer = get_tokenizer("tiny.tiktoken")
+    for split, tokens, documents in zip(("train", "val"), (train, val), splits):
+        ids = [[256 + 11, *tokenizer.encode(text)] for text in documents]
+        assert tokens.tolist() == list(itertools.chain(*ids))[1:]
+        assert meta[f"{split}_bytes"] == sum(len(text.encode()) for text in documents)
+
+
 
 
 def test_one_long_line_is_split_between_characters(workplace):
@@ -316,7 +309,7 @@ def test_shakespeare_is_downloaded_once(workplace, monkeypatch):
     Path("data/shakespeare.txt").write_bytes(b"of the user's")
     fails("shakespeare", says="shakespeare.txt is not Tiny Shakespeare")
     Path("data/shakespeare.txt").unlink()
-    fails("shakespeare", says="cannot prepare shakespeare: ")
+    fails("shakespeare", says="cannot prepare shakespeare (")
 
 
 @pytest.fixture
@@ -356,17 +349,14 @@ def test_corpora_of_the_hub(hub, monkeypatch):
     pages = [f"shard {i} page {j}" for i in range(2) for j in range(15)]
     assert [text.split("<|endoftext|>") for text in decoded("c4")] == [pages, ["validation", "page"]]
     old = load("c4")[0]
-    assert len(hub) == 3 and "2 of 1024" in old["source"]
+    assert len(hub) == 3 and "en/c4-train.00001" in old["source"]
     fails("c4", "--shards", "3", says="no en/c4-train.00002-of-01024.json.gz")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    fails("c4", says="needs huggingface_hub: pip install")
+    fails("c4", says="the extra hf is needed: pip install")
     assert load("c4")[0] == old and sorted(os.listdir("data")) == ["c4", "tinystories"]
-    for arguments in (["c4", "--shards", "0"], ["c4", "--shards", "1025"], ["text.txt", "--shards", "2"]):
-        fails(*arguments, says="--shards")
 
 
-def test_a_corpus_is_never_in_memory_as_a_whole(workplace, monkeypatch):
-    monkeypatch.setattr(prepare_data, "PIECE", 2**14)
+def test_a_corpus_is_never_in_memory_as_a_whole(workplace):
     Path("large.jsonl.gz").write_bytes(gzip.compress(lines_of(["some words, over and over\n" * 100] * 1000), 1))
     tracemalloc.start()
     prepare("large.jsonl.gz")
@@ -388,7 +378,7 @@ def test_a_bad_line_is_named(workplace, line):
     prepare("text.txt")
     old = load("text")[0]
     Path("text.jsonl").write_bytes(lines_of(["a"] * 20) + b"\n" + line + b"\n" + lines_of(["b"]))
-    fails("text.jsonl", says='text.jsonl, line 22: this is no JSON object with a "text" string')
+    fails("text.jsonl", says='text.jsonl, line 22, as a JSON object with a "text" string (')
     assert load("text")[0] == old and os.listdir("data") == ["text"]
 
 
@@ -397,7 +387,7 @@ def test_damaged_gzip_and_text_are_one_line(workplace):
     for bad in (good[:-100], good[:-1], good[:300] + b"damage" + good[306:], b"no gzip at all"):
         for name in ("bad.jsonl.gz", "bad.txt.gz"):
             Path(name).write_bytes(bad)
-            fails(name, says=f"{name}: ")
+            fails(name, says=name)
     assert os.listdir("data") == []
     prepare("text.txt")
     old = load("text")[0]
@@ -451,11 +441,11 @@ def test_nothing_of_the_users_in_the_data_folder_is_replaced(workplace):
         Path(path).write_bytes(text)
     before = {path: path.read_bytes() for path in Path("data").rglob("*") if path.is_file()}
     for path, says in (
-        ("data/corpus", "data/corpus, where the tokens would go, holds a.txt"),
-        ("data/foo/foo.txt", "data/foo, where the tokens would go, holds foo.txt"),
-        ("corpus.txt", "data/corpus, where the tokens would go, holds a.txt"),
-        ("data/val/val.bin", "data/val, where the tokens would go, holds data/val/val.bin"),
-        ("file.txt", "data/file, where the tokens would go, holds file"),
+        ("data/corpus", "data/corpus holds a.txt: move that, or rename the text"),
+        ("data/foo/foo.txt", "data/foo holds foo.txt"),
+        ("corpus.txt", "data/corpus holds a.txt"),
+        ("data/val/val.bin", "data/val holds the text"),
+        ("file.txt", "cannot prepare file.txt (FileExistsError"),
         ("data/.hidden.txt", "cannot name a data set '.hidden'"),
     ):
         fails(path, says=says.replace("/", os.sep))
@@ -475,15 +465,15 @@ def test_bad_arguments_are_named_in_one_line(workplace, capsys):
     for arguments, says in (
         (["shakespear"], "did you mean shakespeare?"),
         (["stdlb"], "did you mean stdlib?"),
-        (["nowhere/at/all.txt"], "neither a file or folder"),
-        (["pipe.txt"], "neither a file or folder"),
-        ([os.devnull], "neither a file or folder"),
-        (["empty.txt"], "empty"),
-        (["one.txt"], "too short"),
+        (["nowhere/at/all.txt"], "neither a file nor a folder"),
+        (["pipe.txt"], "neither a file nor a folder"),
+        ([os.devnull], "neither a file nor a folder"),
+        (["empty.txt"], "too little text"),
+        (["one.txt"], "too little text"),
         ([""], "no data ''"),
-        (["docs"], "two are needed"),
-        (["docs", "--glob", "/x"], "cannot prepare docs: "),
-        (["docs", "--glob", ""], "two are needed"),
+        (["docs"], "too little text"),
+        (["docs", "--glob", "/x"], "cannot prepare docs ("),
+        (["docs", "--glob", ""], "too little text"),
         (["text.txt", "--tokenizer", "word"], "cannot load the tokenizer word"),
         (["text.txt", "--tokenizer", ""], "cannot load the tokenizer"),
         (["text.txt", "--tokenizer", "missing.tiktoken"], "missing.tiktoken"),
@@ -503,8 +493,8 @@ def test_a_damaged_data_set_is_refused_in_one_line(workplace):
     path = Path("data/text/meta.json")
     meta = json.loads(path.read_text())
     wrong = [{key: value} for key in meta for value in (None, [], -1, "x", {}, True) if type(value) is not type(meta[key])]
-    wrong += [{"train_tokens": meta["train_tokens"] + 1}, {"vocab_size": 50}, {"vocab_size": 0}, {"bytes_per_token": -1.0}]
-    wrong += [{"bytes_per_token": float("nan")}, {"dtype": "float64"}, {"dtype": "uint32"}, {"dtype": "O"}, {"val_bytes": 0}]
+    wrong += [{"train_tokens": meta["train_tokens"] + 1}, {"vocab_size": 50}, {"vocab_size": 0}]
+    wrong += [{"dtype": "float64"}, {"dtype": "uint32"}, {"dtype": "O"}, {"val_bytes": 0}]
     contents = [json.dumps(meta | change) for change in wrong] + ["{", "[]", "{}", "1", "[" * 99999, "\udcff"]
     contents += [json.dumps({key: value for key, value in meta.items() if key != left}) for left in meta]
     for content in contents:
@@ -520,7 +510,7 @@ def test_a_damaged_data_set_is_refused_in_one_line(workplace):
             load("text")
     path.write_text("{")
     prepare("text.txt")  # what the message advises works
-    assert load("text")[0] == meta
+    assert json.loads(path.read_text()) == meta
 
 
 def test_another_or_a_changed_text_of_the_same_name_is_not_mixed_up(workplace):
