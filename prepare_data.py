@@ -232,13 +232,13 @@ def load(name: str) -> tuple[dict, np.ndarray, np.ndarray]:
         for key, kind in META.items():
             if type(meta.get(key)) is not kind or kind is not str and not 0 < meta[key] < 2**63:
                 raise ValueError(f"meta.json: {key} is {meta.get(key)!r}")
-        arrays = [np.memmap(DATA / name / f"{split}.bin", DTYPES[meta["dtype"]], "r") for split in ("train", "val")]
-        if any(len(a) != meta[f"{s}_tokens"] or a.max() >= meta["vocab_size"] for s, a in zip(("train", "val"), arrays)):
+        data = [np.memmap(DATA / name / f"{split}.bin", DTYPES[meta["dtype"]], "r") for split in ("train", "val")]
+        if any(len(a) != meta[f"{s}_tokens"] or a.max() >= meta["vocab_size"] for s, a in zip(("train", "val"), data)):
             raise ValueError("train.bin and val.bin do not fit meta.json")
     except (OSError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise InputError(f"{DATA / name} is incomplete or damaged ({error}); run prepare_data.py again") from None
     meta["bytes_per_token"] = (meta["train_bytes"] + meta["val_bytes"]) / (meta["train_tokens"] + meta["val_tokens"])
-    return meta, *arrays
+    return meta, *data
 
 
 def main() -> None:
