@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import logging
 import os
 import random
 import re
@@ -48,7 +49,7 @@ def workplace(tmp_path, monkeypatch):
 def built(tmp_path_factory):
     """A folder of tokenizers as checkpoints have them, written by transformers."""
     transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     root = tmp_path_factory.mktemp("built")
     corpus = [TEXT, (ROOT / "prepare_data.py").read_text()]
@@ -71,7 +72,9 @@ def built(tmp_path_factory):
     tokens = [f"<0x{i:02X}>" for i in range(256)]
     learned = Tokenizer(models.BPE())
     learned.pre_tokenizer = pre_tokenizers.Metaspace()
-    learned.train_from_iterator([line for text in corpus for line in text.split("\n")], trainers.BpeTrainer(vocab_size=500))
+    learned.train_from_iterator(
+        [line for text in corpus for line in text.split("\n")], trainers.BpeTrainer(vocab_size=500)
+    )
     learned = json.loads(learned.to_str())["model"]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(["<unk>", "<s>", "</s>", *tokens, *learned["vocab"]]))}
     merges = [tuple(merge) for merge in learned["merges"]]
@@ -85,6 +88,7 @@ def built(tmp_path_factory):
             tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
         else:
             tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=name == "unigram")
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
         steps = decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
         tokenizer.decoder = decoders.Sequence(list(steps))
         save(name, tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
@@ -155,8 +159,10 @@ def test_a_text_comes_back_exactly_and_is_tokenized_as_a_whole(tokenizer_at, nam
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_a_checkpoints_tokenizer_is_used_as_it_is(tokenizer_at, name, caplog):
+def test_a_checkpoints_tokenizer_is_used_as_it_is(tokenizer_at, name, caplog, monkeypatch):
     from transformers import AutoTokenizer
+
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # to caplog
 
     original, ours = AutoTokenizer.from_pretrained(tokenizer_at(name)[3:]), get_tokenizer(tokenizer_at(name))
     assert (ours.n_vocab, ours.end_of_text) == (len(original), original.eos_token_id)
@@ -236,8 +242,6 @@ def test_json_lines_and_gzip(tokenizer_at, name):
         ids = [[256 + 11, *tokenizer.encode(text)] for text in documents]
         assert tokens.tolist() == list(itertools.chain(*ids))[1:]
         assert meta[f"{split}_bytes"] == sum(len(text.encode()) for text in documents)
-
-
 
 
 def test_one_long_line_is_split_between_characters(workplace):
@@ -330,8 +334,13 @@ def hub(workplace, monkeypatch):
         Path("hub/dataset", name).write_bytes(content)
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
-    put("roneneldan/TinyStories/TinyStoriesV2-GPT4-train.txt", b"\nOnce\n\nthere\n<|endoftext|>\nOnce <|endoftext|> x\n")
-    put("roneneldan/TinyStories/TinyStoriesV2-GPT4-valid.txt", "At last.\n<|endoftext|>\nEnd \u00e9\n<|endoftext|>\n".encode())
+    put(
+        "roneneldan/TinyStories/TinyStoriesV2-GPT4-train.txt", b"\nOnce\n\nthere\n<|endoftext|>\nOnce <|endoftext|> x\n"
+    )
+    put(
+        "roneneldan/TinyStories/TinyStoriesV2-GPT4-valid.txt",
+        "At last.\n<|endoftext|>\nEnd \u00e9\n<|endoftext|>\n".encode(),
+    )
     for i in range(2):
         shard = gzip.compress(lines_of(f"shard {i} page {j}" for j in range(15)))
         put(f"allenai/c4/en/c4-train.{i:05d}-of-01024.json.gz", shard)
@@ -341,7 +350,10 @@ def hub(workplace, monkeypatch):
 
 def test_corpora_of_the_hub(hub, monkeypatch):
     main("tinystories")
-    assert decoded("tinystories") == ["Once\n\nthere<|endoftext|>Once <|endoftext|> x", "At last.<|endoftext|>End \u00e9"]
+    assert decoded("tinystories") == [
+        "Once\n\nthere<|endoftext|>Once <|endoftext|> x",
+        "At last.<|endoftext|>End \u00e9",
+    ]
     meta, train, val = load("tinystories")
     assert (train == 256).sum() == 1 and meta["val_bytes"] == len("At last.End e") + 1
     hub.clear()
@@ -459,6 +471,8 @@ def test_bad_arguments_are_named_in_one_line(workplace, capsys):
     Path("one.txt").write_text("1")
     Path("bad.tiktoken").write_text("not base64 at all\n")
     Path("short.tiktoken").write_text("IQ== 0\n")
+    ranks = [base64.b64encode(bytes([i])) + b" %d\n" % (i + (i > 99)) for i in range(256)]
+    Path("gap.tiktoken").write_bytes(b"".join(ranks))
     Path("docs").mkdir()
     os.mkfifo("pipe.txt") if hasattr(os, "mkfifo") else None
     os.mkfifo("pipe.tiktoken") if hasattr(os, "mkfifo") else None
@@ -479,6 +493,7 @@ def test_bad_arguments_are_named_in_one_line(workplace, capsys):
         (["text.txt", "--tokenizer", "missing.tiktoken"], "missing.tiktoken"),
         (["text.txt", "--tokenizer", "pipe.tiktoken"], "pipe.tiktoken"),
         (["text.txt", "--tokenizer", "bad.tiktoken"], "bad.tiktoken"),
+        (["text.txt", "--tokenizer", "gap.tiktoken"], "its ranks have gaps"),
         (["text.txt", "--tokenizer", "short.tiktoken"], "its ranks have gaps"),
     ):
         fails(*arguments, says=says)
@@ -492,9 +507,11 @@ def test_a_damaged_data_set_is_refused_in_one_line(workplace):
     prepare("text.txt")
     path = Path("data/text/meta.json")
     meta = json.loads(path.read_text())
-    wrong = [{key: value} for key in meta for value in (None, [], -1, "x", {}, True) if type(value) is not type(meta[key])]
+    wrong = [
+        {key: value} for key in meta for value in (None, [], -1, "x", {}, True) if type(value) is not type(meta[key])
+    ]
     wrong += [{"train_tokens": meta["train_tokens"] + 1}, {"vocab_size": 50}, {"vocab_size": 0}]
-    wrong += [{"dtype": "float64"}, {"dtype": "uint32"}, {"dtype": "O"}, {"val_bytes": 0}]
+    wrong += [{"dtype": "float64"}, {"dtype": "uint32"}, {"dtype": "int16"}, {"dtype": "O"}, {"val_bytes": 0}]
     contents = [json.dumps(meta | change) for change in wrong] + ["{", "[]", "{}", "1", "[" * 99999, "\udcff"]
     contents += [json.dumps({key: value for key, value in meta.items() if key != left}) for left in meta]
     for content in contents:
