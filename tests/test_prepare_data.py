@@ -164,16 +164,16 @@ def test_a_checkpoints_tokenizer_is_used_as_it_is(tokenizer_at, name, caplog, mo
 
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # to caplog
 
-    original, ours = AutoTokenizer.from_pretrained(tokenizer_at(name)[3:]), get_tokenizer(tokenizer_at(name))
+    ours = get_tokenizer(tokenizer_at(name))
+    ours.encode("much longer than model_max_length tells " * 50)
+    assert not caplog.records
+    original = AutoTokenizer.from_pretrained(tokenizer_at(name)[3:])
     assert (ours.n_vocab, ours.end_of_text) == (len(original), original.eos_token_id)
     for text in ("Once upon", "x", "", "don't.\n\n  stop \u00e9\u4f60 ", "y " * 999):
         assert ours.encode(text) == original(text, add_special_tokens=False)["input_ids"]
     assert ours.end_of_text not in ours.encode("a </s> b") and ours.decode(ours.encode("a </s> b")) == "a </s> b"
     for text in (" x", "  x", "\nx", "   ", " "):
         assert ours.decode(ours.encode(text)) == text
-    caplog.clear()
-    ours.encode("much longer than model_max_length tells " * 50)
-    assert not caplog.records
 
 
 def test_a_checkpoints_tokenizer_prepares_data(tokenizer_at):
