@@ -72,10 +72,10 @@ TRAINING = {
     # --init_from: fine-tuning, at a tenth of the method's learning rate
     "pretrained": TINY | {"steps": 500, "rank": 16, "block_size": None, "batch_size": 8},
 }
-LOG_INTERVAL, EVAL_TOKENS = 10, 2**17  # steps; of the validation split, the same at every evaluation
+LOG_INTERVAL, EVAL_TOKENS = 10, 2**17  # in steps; of the validation split, the same at every evaluation
 UPDATES = fira.adam, fira.fira_update  # what --compile compiles
 CHOICES = fira.CHOICES | {"optimizer": METHODS, "model": PRESETS, "precision": ("fp32", "amp", "bf16")}
-CHANGEABLE = "name out steps warmup eval_interval device threads compile checkpointing temperature top_k"  # on --resume
+CHANGEABLE = "name out steps warmup eval_interval device threads compile checkpointing temperature top_k".split()
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # processes, of which this is number RANK; set by torchrun
 RANK, LOCAL_RANK = (int(os.environ.get(name) or 0) if WORLD > 1 else 0 for name in ("RANK", "LOCAL_RANK"))
 STOP = []  # the signals that came: the loop saves and ends after the step at hand
@@ -135,17 +135,19 @@ class Config:
             raise InputError("--layerwise frees each gradient at once: not with --grad_accum, --grad_clip or torchrun")
         if 0 < self.temperature < 1e-3:
             raise InputError(f"--temperature {self.temperature} must be 0, or at least 0.001")
-        if self.device in ("auto", "cuda"):
-            found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-            self.device = f"cuda:{LOCAL_RANK}" if "cuda" in (found, self.device) else found
+        device = self.device
+        if device in ("auto", "cuda"):
+            device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+            device = f"cuda:{LOCAL_RANK}" if "cuda" in (device, self.device) else device
         (lr, setting), usual = METHODS[self.optimizer], TRAINING["pretrained" if self.init_from else self.model]
-        steps, model = self.steps or usual["steps"], Path(self.init_from or self.model).name
-        kind = self.optimizer + f"-{Path(self.variant or '').stem}" * bool(self.variant)
-        name = f"{model}-{Path(self.data).name.split('.')[0]}-{kind}-seed{self.seed}"
+        steps = self.steps or usual["steps"]
+        name = [Path(self.init_from or self.model).name, Path(self.data).name.split(".")[0], self.optimizer]
+        name += [Path(self.variant or "").stem, f"seed{self.seed}", f"{steps}steps" * (steps < usual["steps"])]
         defaults = {"lr": lr / 10 if self.init_from else lr, "gamma": 1.01, "proj_method": "subspace"}
         defaults |= {"alpha_mode": "unscaled", "warmup": steps // 10, "eval_interval": min(1000, max(1, steps // 8))}
-        defaults |= {"name": name + f"-{steps}steps" * (steps < usual["steps"])} | usual | (setting or {})
-        return replace(self, **{k: v for k, v in defaults.items() if getattr(self, k, "no flag") is None})
+        defaults |= {"name": "-".join(part for part in name if part), **usual, **(setting or {})}
+        given = {k: v for k, v in asdict(self).items() if v is not None}
+        return replace(self, **{k: v for k, v in (defaults | given | {"device": device}).items() if hasattr(self, k)})
 
     @property
     def folder(self) -> Path:
