@@ -7,7 +7,6 @@ import json
 import math
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -215,12 +214,19 @@ def theirs(folder, name="llama", dtype=torch.float32, base=False, **options):
     for p in model.parameters():  # biases and norms too
         p.data = (0.3 * torch.randn(p.shape)).to(dtype)
     (model.base_model if base else model).save_pretrained(folder, **options)
-    return transformers.AutoModelForCausalLM.from_config(model.config).eval(), model.state_dict()
 
 
 def read(folder, **options):
     transformers = pytest.importorskip("transformers")
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def change_weights(folder, change):
+    """Replace the weights of a folder by change(weights)."""
+    from safetensors.torch import load_file, save_file
+
+    weights = change(load_file(folder / "model.safetensors"))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def assert_same_logits(ours, theirs):
@@ -281,3 +287,165 @@ def test_shards_a_missing_prefix_and_old_buffers_are_read(tmp_path):
     masks = {f"h.0.attn.{name}": torch.ones(1, 1, 24, 24) for name in ("bias", "masked_bias")}
     change_weights(tmp_path, lambda weights: weights | masks)
     assert_same_logits(load_pretrained(tmp_path), read(tmp_path))
+
+
+def refuses(name, says, **options):
+    with pytest.raises(ValueError) as error:
+        load_pretrained(name, **options)
+    message = str(error.value)
+    assert says in message and str(name) in message and "\n" not in message and len(message) < 700, message
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24, "rope_theta": 1e4}
+LONGROPE = YARN | {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "kind, change, says",
+    [
+        ("llama", {"model_type": "mistral"}, "model_type 'mistral' is not supported"),
+        ("llama", {"model_type": "qwen2"}, "model_type 'qwen2'"),
+        ("llama", {"model_type": "gemma"}, "model_type 'gemma'"),
+        ("llama", {"model_type": "nothing_known"}, "nothing_known"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'rope_type': 'linear'"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'rope_type': 'dynamic'"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 1.0}}, "'rope_type': 'linear'"),
+        ("llama", {"rope_parameters": YARN}, "'rope_type': 'yarn'"),
+        ("llama", {"rope_parameters": LONGROPE}, "'rope_type': 'longrope'"),
+        ("llama", {"rope_parameters": LLAMA3}, "'rope_type': 'llama3'"),
+        (
+            "llama",
+            {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+            "rope_parameters {'full",
+        ),
+        ("llama", {"partial_rotary_factor": 0.5}, "'partial_rotary_factor': 0.5"),
+        (
+            "llama",
+            {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4}},
+            "'partial_rotary_factor': 0.5",
+        ),
+        ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config {"),
+        ("llama", {"sliding_window": 8}, "sliding_window 8 is not supported"),
+        ("llama", {"per_layer_config": {"1": {"rms_norm_eps": 0.5}}}, "per_layer_config {"),
+        ("llama", {"auto_map": {"AutoModelForCausalLM": "code.Model"}}, "auto_map"),
+        ("llama", {"hidden_size": "32"}, "hidden_size"),
+        ("llama", {"num_attention_heads": 5}, "5"),
+        ("llama", {"num_key_value_heads": 3}, "3 for keys"),
+        ("llama", {"head_dim": 7}, "head_dim"),
+        ("llama", {"num_hidden_layers": 3}, "missing keys in the weights: model.layers.2."),
+        ("llama", {"num_hidden_layers": 1}, "unexpected keys in the weights: model.layers.1."),
+        ("llama", {"vocab_size": 62}, "size"),
+        ("gpt2", {"activation_function": "gelu"}, "activation_function 'gelu'"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights False"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention True"),
+        ("gpt2", {"tie_word_embeddings": False}, "missing keys in the weights: lm_head.weight"),
+    ],
+    ids=str,
+)
+def test_a_model_that_would_compute_something_else_is_refused(tmp_path, kind, change, says):
+    theirs(tmp_path, kind)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | change))
+    refuses(tmp_path, says)
+
+
+def test_what_is_not_one_whole_checkpoint_is_refused(tmp_path):
+    theirs(tmp_path / "a")
+    good = (tmp_path / "a" / "model.safetensors").read_bytes()
+    refuses(tmp_path / "a", "a context of 25 tokens", block_size=25)
+    refuses(tmp_path / "a", "a context of 0 tokens", block_size=0)
+    for cut in (0, 7, 100, len(good) // 2, len(good) - 1):
+        (tmp_path / "a" / "model.safetensors").write_bytes(good[:cut])
+        refuses(tmp_path / "a", "")
+    for says, change in (
+        (
+            "missing keys in the weights: model.norm.weight",
+            lambda w: {k: v for k, v in w.items() if k != "model.norm.weight"},
+        ),
+        ("unexpected keys in the weights: score.weight", lambda w: w | {"score.weight": torch.zeros(2, 32)}),
+        ("other logits", lambda w: w | {"model.norm.weight": torch.full((32,), math.nan)}),
+    ):
+        (tmp_path / "a" / "model.safetensors").write_bytes(good)
+        change_weights(tmp_path / "a", change)
+        refuses(tmp_path / "a", says)
+    (tmp_path / "a" / "model.safetensors").unlink()
+    refuses(tmp_path / "a", "model.safetensors")
+    for damaged in (b"{", b"\xff\xfe", b"", b"[]"):
+        (tmp_path / "a" / "config.json").write_bytes(damaged)
+        refuses(tmp_path / "a", "")
+    (tmp_path / "empty").mkdir()
+    for name in (tmp_path / "empty", tmp_path / "nothing", "somebody/no-such-model"):
+        refuses(name, "")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_trained_model_and_its_lora_are_exported(tmp_path, kind):
+    pytest.importorskip("transformers")
+    model, tokens = small_model(kind, 0.4, tied=kind == "llama"), torch.randint(61, (2, 16))
+    export(model, tmp_path, eos=0)
+    again = load_pretrained(tmp_path)
+    assert again.config == ModelConfig(**vars(model.config) | {"bos": 0, "eos": 0})
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    add_lora(model, rank=4)
+    for name, p in model.named_parameters():
+        if name.endswith(".B"):
+            nn.init.normal_(p, std=0.1)
+    (tmp_path / "README.md").write_text("mine")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    export(model, tmp_path)  # over the other
+    torch.testing.assert_close(load_pretrained(tmp_path)(tokens), model(tokens), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(again(tokens), model(tokens), rtol=0.1)
+    assert load_pretrained(tmp_path).config.eos is None and (tmp_path / "README.md").read_text() == "mine"
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_an_export_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    export(small_model(), tmp_path / "out")
+    old = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    plain, broken = transformers.PreTrainedModel.save_pretrained, small_model(std=math.nan)
+
+    def full(self, folder, **options):
+        plain(self, folder, **options)
+        raise OSError("disk full")
+
+    for says, model in (
+        ("other logits", broken),
+        ("gpt2", small_model("gpt2", n_kv_heads=2)),
+        ("disk full", small_model()),
+    ):
+        if says == "disk full":
+            monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+        for folder in ("out", "new"):
+            with pytest.raises(ValueError, match=f"{folder}.*") as error:
+                export(model, tmp_path / folder)
+            assert "\n" not in str(error.value) and (says in str(error.value) or says == "gpt2")
+        assert os.listdir(tmp_path) == ["out"]
+        assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == old
+
+
+def test_the_tokenizer_goes_with_an_export(tmp_path):
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(["<s>", "a", "fine", "day"])}, "<s>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", chat_template="{{ 1 }}")
+    fast.save_pretrained(tmp_path / "tokenizer")
+    export(small_model(), tmp_path / "out", tokenizer=str(tmp_path / "tokenizer"))
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again.encode("fine day") == [2, 3] and again.bos_token == "<s>" and again.chat_template == "{{ 1 }}"
+    with pytest.raises(ValueError, match="no_tokenizer"):
+        export(small_model(), tmp_path / "other", tokenizer=str(tmp_path / "no_tokenizer"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_without_transformers_one_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for action in (load_pretrained, lambda folder: export(small_model(), folder)):
+        with pytest.raises(ValueError, match=r'transformers.*pip install -e "\.\[hf\]"') as error:
+            action(tmp_path / "hf")
+        assert "\n" not in str(error.value) and not (tmp_path / "hf").exists()
