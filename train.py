@@ -316,6 +316,8 @@ def train(config: Config, log: list[dict], checkpoint: dict | None) -> None:
         raise InputError(f"data/{config.data} is not what {config.folder} was trained on: prepare that again")
     if min(len(train_tokens), len(val_tokens)) <= (config.block_size or 1):
         raise InputError(f"data/{config.data} is shorter than --block_size {config.block_size}: use a longer text")
+    if config.batch_size % WORLD:
+        raise InputError(f"--batch_size {config.batch_size} must be a multiple of the {WORLD} processes")
     model, optimizer = build(config, meta["vocab_size"], checkpoint)
     start, folder = checkpoint["step"] if checkpoint else 0, config.folder
     lr_schedule = LambdaLR(optimizer, lambda done: schedule(done + 1, config), last_epoch=start - 1)
@@ -568,6 +570,8 @@ def command(given: dict) -> None:
             there = any((config.folder / file).exists() for file in ("ckpt.pt", "result.json"))
             if there and not resume and not several:
                 raise InputError(f"{config.folder} holds a run: go on by --resume, or give this one a --name")
+            if Path(config.name).name != config.name and not resume:
+                raise InputError(f"--name {config.name!r} must be the plain name of a folder in --out")
             config, log, checkpoint = saved_run(config, given) if resume or there else (config, [], None)
             ended = checkpoint and checkpoint["step"] >= config.steps and (config.folder / "result.json").exists()
             if ended and not several:

@@ -434,7 +434,6 @@ def test_a_bad_variant_is_one_line(content, says):
         (["--seed", "99999999999999999999999"], "--seed"),
         (["--layerwise", "--grad_accum", "2"], "--layerwise frees each gradient at once"),
         (["--layerwise", "--grad_clip", "1"], "--layerwise frees each gradient at once"),
-        
         (["--name", "a/b"], "--name 'a/b'"),
         (["--name", ""], "--name ''"),
     ],
