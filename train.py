@@ -202,8 +202,11 @@ def build(config: Config, vocab_size: int, checkpoint: dict | None = None) -> tu
         if checkpoint:
             model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{f'{config.folder}/ckpt.pt does not fit: ' if checkpoint else ''}{error}") from None
+    except Exception as error:
+        if not checkpoint and not isinstance(error, ValueError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{config.folder}/ckpt.pt does not fit: {reason}" if checkpoint else reason) from None
     return model, optimizer
 
 
@@ -329,7 +332,7 @@ def train(config: Config, log: list[dict], checkpoint: dict | None) -> None:
     forward = torch.compile(model) if config.compile else model
     forward = DistributedDataParallel(forward) if WORLD > 1 else forward
     if not RANK:  # one process writes for all
-        locked = lock(folder)  # noqa: F841
+        locked = lock(folder)
         write(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
         write(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
     describe(config, model, optimizer, start)
@@ -389,6 +392,7 @@ def train(config: Config, log: list[dict], checkpoint: dict | None) -> None:
         losses, clock = [], time.perf_counter()
     bar.close()
     if not RANK:
+        locked.close()
         finish(config, model, tokenizer, log)
 
 
