@@ -74,6 +74,7 @@ TRAINING = {
     "pretrained": TINY | {"steps": 500, "rank": 16, "block_size": None, "batch_size": 8},
 }
 LOG_INTERVAL, EVAL_TOKENS = 10, 2**17  # in steps; of the validation split, the same at every evaluation
+SAMPLE_TOKENS = 400
 UPDATE = fira.fira_update  # which --compile compiles
 CHOICES = fira.CHOICES | {"optimizer": METHODS, "model": PRESETS, "precision": ("fp32", "amp", "bf16")}
 CHANGEABLE = "name out steps warmup eval_interval device threads compile checkpointing temperature top_k".split()
@@ -455,7 +456,7 @@ def written(model: Transformer, tokenizer, prompt: str, config: Config) -> str:
     """The prompt and what the model writes after it; an empty prompt starts a new document."""
     torch.manual_seed(config.seed)
     tokens = tokenizer.encode(prompt) or [tokenizer.end_of_text]
-    return prompt + tokenizer.decode(list(model.generate(tokens, 400, config.temperature, config.top_k)))
+    return prompt + tokenizer.decode(list(model.generate(tokens, SAMPLE_TOKENS, config.temperature, config.top_k)))
 
 
 # Comparing runs
