@@ -17,11 +17,11 @@ import torch
 import torch.optim.lr_scheduler as S
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
+from torch.optim.swa_utils import SWALR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from fira import CHOICES, PEERS, Fira  # noqa: E402
+from fira import CHOICES, PEERS, Fira
 
 VARIANTS = {
     "adamw": {},
@@ -85,17 +85,30 @@ def equal(a, b):
     return type(a) is type(b) and (a.dtype == b.dtype and torch.equal(a, b) if torch.is_tensor(a) else a == b)
 
 
-# The update
+LAYOUTS = {  # of gradients; a weight is a slice of `wide`
+    "dense": lambda g: g,
+    "transposed": lambda g: g.T.contiguous().T if g.dim() == 2 else g,
+    "expanded": lambda g: g.flatten()[0].expand_as(g),
+}
 
 
 @each_variant
-def test_goes_the_right_direction_and_writes_between_no_elements(variant):
-    problem = Problem(variant, sliced=True)
-    first, between = problem.closure().item(), [x.clone() for x in problem.between]
-    last = problem.run(10).closure().item()
-    assert last > 1.1 * first if variant == "ascent" else last < 0.9 * first
-    assert equal(problem.between, between)
-    torch.testing.assert_close(problem.values(), Problem(variant).run(10).values(), **problem.near)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_of_any_layout(variant, layout):
+    sliced, dense = Problem(variant, sliced=True), Problem(variant)
+    first, between = dense.closure().item(), [x.clone() for x in sliced.between]
+    for _ in range(8):
+        for problem in (sliced, dense):
+            problem.closure()
+            for p in problem.params:
+                p.grad = LAYOUTS[layout](p.grad)
+                p.grad = p.grad if problem is sliced else p.grad.contiguous()
+            before = [p.grad.clone() for p in problem.params]
+            problem.optimizer.step()
+            assert equal([p.grad for p in problem.params], before)
+    torch.testing.assert_close(sliced.values(), dense.values(), **dense.near)
+    assert equal(sliced.between, between)
+    assert layout == "expanded" or (dense.closure().item() > first) == (variant == "ascent")
 
 
 SCHEDULERS = {
@@ -137,13 +150,10 @@ def test_schedulers_drive_it_as_they_drive_adamw(variant):
 
 @each_variant
 def test_a_tensor_learning_rate_is_the_number(variant):
-    problem, plain, short = (Problem(variant, lr=lr) for lr in (torch.tensor(LR), LR, torch.full((1,), LR)))
+    problem, plain = Problem(variant, lr=torch.tensor(LR)), Problem(variant)
     schedulers = [S.ExponentialLR(x.optimizer, 0.5) for x in (problem, plain)]
-    short.run(1)
     for _ in range(4):
         problem.run(1), plain.run(1)
-        if _ == 0:
-            torch.testing.assert_close(short.values(), plain.values(), **plain.near)
         for each in schedulers:
             each.step()
     torch.testing.assert_close(problem.values(), plain.values(), **plain.near)
@@ -193,8 +203,8 @@ def test_gradients_that_are_missing_or_zero(variant):
 
 @each_variant
 def test_parameters_with_few_elements(variant):
-    shapes = [(0, 5), (5, 0), (0, 0), (1, 5), (5, 1), (1, 1)]
-    matrices, others = ([nn.Parameter(torch.ones(s)) for s in some] for some in (shapes, [(0,), (), (1, 2, 0)]))
+    matrices = [weight(m, n) for m in (0, 1, 5) for n in (0, 1, 5)]
+    others = [weight(0), weight(1, 2, 0), nn.Parameter(torch.tensor(1.0))]
     optimizer = Fira([{"params": matrices, **VARIANTS[variant]}, {"params": others}])
     for _ in range(3):
         for p in matrices + others:
@@ -204,25 +214,9 @@ def test_parameters_with_few_elements(variant):
 
 
 @each_variant
-def test_a_gradient_of_any_layout(variant):
-    for odd in (lambda g: g.T.contiguous().T if g.dim() == 2 else g, lambda g: g.flatten()[0].expand_as(g)):
-        problems = Problem(variant), Problem(variant)
-        for _ in range(5):
-            for problem, layout in zip(problems, (lambda g: g, torch.Tensor.contiguous)):
-                problem.closure()
-                for p in problem.params:
-                    p.grad = layout(odd(p.grad))
-                before = [p.grad.clone() for p in problem.params]
-                problem.optimizer.step()
-                assert equal([p.grad for p in problem.params], before)
-        torch.testing.assert_close(problems[0].values(), problems[1].values(), **problem.near)
-
-
-@each_variant
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_default_dtype_changes_nothing(variant, dtype):
+def test_the_default_dtype_changes_nothing(variant):
     problem, plain = Problem(variant), Problem(variant).run(4)
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(torch.bfloat16)
     try:
         problem.run(4)
     finally:
@@ -230,7 +224,7 @@ def test_the_default_dtype_changes_nothing(variant, dtype):
     assert equal(problem.everything(), plain.everything())
 
 
-# Graphs, closures, memory, profiles, gradient scalers, averages
+# Graphs, closures, profiles, memory
 
 
 @each_variant
@@ -270,34 +264,6 @@ def test_a_step_makes_nothing_of_the_size_of_a_weight(variant):
         with Largest() as largest:
             optimizer.step()
     assert largest.size < p.numel() // 4
-
-
-@each_variant
-def test_a_gradient_scaler_skips_a_step_that_overflowed(variant):
-    problem, plain, scaler = Problem(variant), Problem(variant).run(2), torch.amp.GradScaler("cpu", init_scale=4.0)
-    scaler.scale(torch.ones(()))
-    for factor in (4.0, math.inf, 2.0):
-        problem.closure()
-        for p in problem.params:
-            p.grad.mul_(factor)
-        scaler.step(problem.optimizer)
-        scaler.update()
-    assert scaler.get_scale() == 2.0 and equal(problem.everything(), plain.everything())
-
-
-def test_swa_averages_what_it_trains():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8))
-    weight, *rest = model.parameters()
-    optimizer, averaged = Fira([{"params": [weight], "rank": 2}, {"params": rest}], lr=0.05), AveragedModel(model)
-    data, seen = [torch.randn(16, 6) for _ in range(6)], []
-    for x in data:
-        model(x).square().mean().backward()
-        optimizer.step()
-        averaged.update_parameters(model)
-        seen.append(weight.detach().clone())
-    update_bn(data, averaged)
-    torch.testing.assert_close(averaged.module[0].weight.detach(), torch.stack(seen).mean(0))
 
 
 # What is saved, loaded and copied
@@ -427,17 +393,17 @@ def test_hooks_of_states(variant):
 @each_variant
 def test_hooks_of_steps(variant):
     problem, calls = Problem(variant), []
-    handles = [
-        register_optimizer_step_pre_hook(lambda *_: calls.append("all before")),
-        register_optimizer_step_post_hook(lambda *_: calls.append("all after")),
-        problem.optimizer.register_step_pre_hook(lambda o, *_: calls.append(len(o.state))),
-        problem.optimizer.register_step_post_hook(lambda o, *_: calls.append(len(o.state))),
-    ]
-    problem.run(2)
+
+    def count(optimizer, *_):
+        calls.append(len(optimizer.state))
+
+    handles = [register_optimizer_step_pre_hook(count), register_optimizer_step_post_hook(count)]
+    handles += [problem.optimizer.register_step_pre_hook(count), problem.optimizer.register_step_post_hook(count)]
+    problem.run(1)
     for handle in handles:
         handle.remove()
     problem.run(1)
-    assert calls == ["all before", 0, 3, "all after", "all before", 3, 3, "all after"]
+    assert calls == [0, 0, 3, 3]
 
 
 # What is refused
@@ -448,21 +414,21 @@ def weight(*shape, dtype=torch.float32):
 
 
 def test_errors_of_the_constructor():
-    for options in (
-        *({"lr": x} for x in (-1.0, math.nan, torch.ones(2))),
-        *({"betas": x} for x in ((1.0, 0.9), (0.9, -0.1))),
-        *({name: -1.0} for name in ("eps", "weight_decay", "alpha")),
-        *({name: x} for name in ("rank", "update_proj_gap") for x in (0, -1, 2.5)),
-        *({name: x} for name in ("alpha", "gamma") for x in (0.0, math.nan)),
-        {"scaling": None, "only_scaling": True},
-        *({name: "no"} for name in CHOICES),
+    for name, values, says in (
+        ("lr", (-1.0, math.nan, torch.ones(2)), "learning rate|1-element"),
+        ("betas", ((1.0, 0.9), (0.9, -0.1)), "beta"),
+        ("eps", (-1.0, math.nan), "epsilon"),
+        ("weight_decay", (-1.0, math.nan), "weight_decay"),
+        ("rank", (0, -1, 2.5, math.nan, math.inf), "rank=.* must be a whole number"),
+        ("update_proj_gap", (0, -1, 2.5, math.nan, math.inf), "update_proj_gap=.* must be a whole number"),
+        ("alpha", (0.0, -1.0, math.nan, math.inf), "alpha=.* must be finite"),
+        ("gamma", (0.0, 0.5, math.nan), "gamma=.* must be at least 1"),
+        *((name, ("no", 0), f"{name}=.* must be one of") for name in CHOICES),
+        *((name, (1,), f"{name}=1 must be called '{ours}'") for name, ours in PEERS.items()),
     ):
-        for make in (lambda: Fira([weight()], **options), lambda: Fira([{"params": [weight()], **options}])):
-            with pytest.raises(ValueError, match="(?i)learning rate|1-element|beta|epsilon|weight_decay|must be"):
-                make()
-    for key, ours in PEERS.items():
-        with pytest.raises(ValueError, match=f"{key}=1 must be called '{ours}'"):
-            Fira([{"params": [weight()], key: 1}])
+        for value in values:
+            with pytest.raises(ValueError, match=f"(?i){says}"):
+                Fira([{"params": [weight()], name: value}])
     Fira([{"params": [weight()], "name": "a label", "lr_scale": 2}])
     shared = weight()
     for params, error, says in (
