@@ -44,12 +44,13 @@ class Problem:
 
     def __init__(self, variant, named=False, sliced=False, **options):
         torch.manual_seed(0)
+        self.variant = variant
         dtype = torch.bfloat16 if variant == "bfloat16" else torch.float32
         wide = [torch.randn(*shape, 2).to(dtype) for shape in ((10, 5), (6, 10), (6,))]
         self.params = [nn.Parameter(x[..., 0] if sliced else x[..., 0].contiguous()) for x in wide]
         self.between = [x[..., 1] for x in wide]  # where `sliced`, in memory between their elements
         self.input = torch.randn(16, 5).to(dtype)  # of full rank, or singular vectors would be arbitrary
-        self.near = {"rtol": 0.05, "atol": 0.05} if variant == "bfloat16" else {"rtol": 1e-4, "atol": 1e-4}
+        self.near = {"rtol": 0.0, "atol": 0.05 if variant == "bfloat16" else 1e-3}
         own, up = VARIANTS[variant], {"maximize": variant == "ascent"}
         groups = [own, {"rank": 8} if variant == "mixed" else own, {"betas": (0.8, 0.99)} | up]
         for i, (group, p) in enumerate(zip(groups, self.params)):
@@ -74,6 +75,10 @@ class Problem:
     def everything(self):
         groups = [{k: v for k, v in g.items() if k != "param_names"} for g in self.optimizer.param_groups]
         return self.values(), self.optimizer.state_dict()["state"], [g | {"params": 0} for g in groups]
+
+
+def weight(*shape, dtype=torch.float32):
+    return nn.Parameter(torch.ones(*(shape or (4, 4)), dtype=dtype), requires_grad=dtype.is_floating_point)
 
 
 def equal(a, b):
@@ -269,80 +274,73 @@ def test_a_step_makes_nothing_of_the_size_of_a_weight(variant):
 # What is saved, loaded and copied
 
 
-def load(optimizer, state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=True)
-    optimizer.load_state_dict(loaded)
-    assert equal(loaded, state)  # a load changes nothing in what is loaded
+def loaded(problem, named=False, edit=lambda state: state):
+    """A fresh problem with the weights and the loaded state of this one."""
+    twin, file = Problem(problem.variant, named), io.BytesIO()
+    torch.save(edit(problem.optimizer.state_dict()), file)
+    state, again = (torch.load(io.BytesIO(file.getvalue()), weights_only=True) for _ in range(2))
+    twin.optimizer.load_state_dict(state)
+    assert equal(state, again)  # a load changes nothing in what is loaded
+    for p, value in zip(twin.params, problem.values()):
+        p.data = value
+    return twin
+
+
+def older(state):
+    """Without all options; `step` as a number where it is a tensor, and the other way round."""
+    state = copy.deepcopy(state) | {"param_groups": [{"params": g["params"]} for g in state["param_groups"]]}
+    for s in state["state"].values():
+        s["step"] = float(s["step"]) if torch.is_tensor(s["step"]) else torch.tensor(float(s["step"]))
+    return state
+
+
+COPIES = {
+    "loaded": loaded,
+    "loaded_by_names": lambda problem: loaded(problem, named=True),
+    "loaded_from_older": lambda problem: loaded(problem, edit=older),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda problem: pickle.loads(pickle.dumps(problem)),
+}
 
 
 @each_variant
-def test_a_loaded_state_continues_bit_for_bit(variant):
-    for named, later in ((False, False), (False, True), (True, False), (True, True)):
-        problem, other = Problem(variant, named=named).run(5), Problem(variant, named=later)
-        load(other.optimizer, problem.optimizer.state_dict())
-        for p, value in zip(other.params, problem.values()):
-            p.data = value
-        assert equal(problem.run(6).everything(), other.run(6).everything())
-        if named or later:
-            assert [g["param_names"] for g in other.optimizer.param_groups] == [["name0"], ["name1"], ["name2"]]
-    other.optimizer.param_groups.extend(other.optimizer.param_groups)  # groups that are there twice look alike
-    groups = other.optimizer.state_dict()["param_groups"]
-    assert groups[:3] == groups[3:]
-
-
-@each_variant
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("how", COPIES)
 def test_a_copy_continues_bit_for_bit(variant, how):
-    problem = Problem(variant).run(5)
-    twin = how(problem)
-    assert equal(problem.run(5).everything(), twin.run(5).everything())
-    assert how(Problem(variant).optimizer).step() is None
-
-
-@each_variant
-def test_older_and_plainer_states_load(variant):
-    """Options that the saved groups lack stay; `step` may be a number or a tensor."""
-    problem = Problem(variant).run(3)
-    twin, saved = copy.deepcopy(problem), copy.deepcopy(problem.optimizer.state_dict())
-    saved["param_groups"] = [{"params": group["params"]} for group in saved["param_groups"]]
-    for state in saved["state"].values():
-        state["step"] = 3.0 if torch.is_tensor(state["step"]) else torch.tensor(3.0)
-    problem.optimizer.load_state_dict(saved)
-    assert equal(problem.run(3).everything(), twin.run(3).everything())
+    for named in (False, True):
+        problem = Problem(variant, named).run(5)
+        twin = COPIES[how](problem)
+        if named or how == "loaded_by_names":
+            assert [g["param_names"] for g in twin.optimizer.param_groups] == [["name0"], ["name1"], ["name2"]]
+        assert equal(problem.run(6).everything(), twin.run(6).everything())
+    assert COPIES[how](Problem(variant)).optimizer.step() is None  # with no state yet
 
 
 @each_variant
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_state_moves_to_parameters_of_another_precision(variant, dtype):
     problem, other = Problem(variant).run(5), Problem(variant)
-    other.input = other.input.to(dtype)
-    for p, value in zip(other.params, problem.values()):
-        p.data = value.to(dtype)
-    load(other.optimizer, problem.optimizer.state_dict())
+    for p in other.params:
+        p.data = p.to(dtype)
+    other.optimizer.load_state_dict(problem.optimizer.state_dict())
     for p, q in zip(problem.params, other.params):
-        M, moved = (x.optimizer.state[w]["exp_avg"] for x, w in ((problem, p), (other, q)))
+        M, moved, q.grad = problem.optimizer.state[p]["exp_avg"], other.optimizer.state[q]["exp_avg"], p.grad.to(dtype)
         assert torch.equal(M.to(torch.promote_types(dtype, torch.float32)), moved)
-    values = [x.float() for x in other.run(1).values()]
-    torch.testing.assert_close(values, [x.float() for x in problem.run(1).values()], rtol=0.05, atol=0.05)
+    other.optimizer.step()
 
 
 def test_states_of_others_are_refused_by_name_and_change_nothing():
     problem = Problem("fira", named=True).run(3)
     before, states = copy.deepcopy(problem.optimizer.state_dict()), []
-    for other in (torch.optim.AdamW, lambda g: torch.optim.SGD(g, momentum=0.9), lambda g: Fira(g, rank=2)):
-        optimizer = other([{"params": [nn.Parameter(p.detach().clone())]} for p in problem.params[:2]])
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(6))]} | {"rank": None})
+    for make in (torch.optim.AdamW, lambda g: torch.optim.SGD(g, momentum=0.9), lambda g: Fira(g, rank=2)):
+        optimizer = make([{"params": [weight(*p.shape)]} for p in problem.params[:2]])
+        optimizer.add_param_group({"params": [weight(6)], "rank": None})
         for group in optimizer.param_groups:
             group["params"][0].grad = torch.ones_like(group["params"][0])
         optimizer.step()
         states.append((optimizer.state_dict(), "state of name0"))
     for key, value in (("exp_avg", torch.zeros(3, 5)), ("projection", 0.0), ("extra", 1)):
-        state = copy.deepcopy(before)
-        state["state"][0][key] = value
-        states.append((state, "state of name0"))
+        states.append((copy.deepcopy(before), "state of name0"))
+        states[-1][0]["state"][0][key] = value
     groups = before["param_groups"]
     for wrong in (groups + [groups[0] | {"params": [7]}], groups[:2], [groups[0] | {"params": [0, 7]}, *groups[1:]]):
         states.append((before | {"param_groups": wrong}, "parameter group"))
@@ -352,65 +350,53 @@ def test_states_of_others_are_refused_by_name_and_change_nothing():
         assert equal(problem.optimizer.state_dict(), before)
 
 
-# Hooks
-
-
 @each_variant
-def test_hooks_of_states(variant):
-    problem, calls = Problem(variant).run(2), []
+def test_hooks(variant):
+    problem, calls = Problem(variant), []
     optimizer, p = problem.optimizer, problem.params[0]
-    optimizer.register_state_dict_pre_hook(lambda o: calls.append("saving"))
-    handle = optimizer.register_state_dict_post_hook(lambda o, s: {**s, "label": 1})
-    assert optimizer.state_dict()["label"] == 1
-    handle.remove()
-    saved = copy.deepcopy(optimizer.state_dict())
 
-    def before(name, lr):
-        def hook(_, state):
-            calls.append(name)
-            state = copy.deepcopy(state)
-            state["param_groups"][0]["lr"] = lr
-            state["state"][0]["step"] += 40
-            return state
+    def noting(name, result=lambda *_: None):
+        def hook(*args):
+            calls.append(f"{name} {len(optimizer.state)}")
+            return result(*args)
 
         return hook
 
-    def after(o):  # sees what is loaded, in its precision, and has the last word
-        calls.append((o.param_groups[0]["lr"], int(o.state[p]["step"]), o.state[p]["exp_avg"].dtype))
-        o.state[p]["step"] -= 1
+    def edited(lr):
+        return lambda _, state: state | {"param_groups": [g | {"lr": lr} for g in state["param_groups"]]}
 
-    optimizer.register_load_state_dict_pre_hook(before("second", 0.25))
-    optimizer.register_load_state_dict_pre_hook(before("first", 0.5), prepend=True)
-    optimizer.register_load_state_dict_post_hook(after)
-    optimizer.register_load_state_dict_post_hook(lambda o: calls.append("prepended"), prepend=True)
-    for _ in range(2):  # a load leaves no hook of its own
-        optimizer.load_state_dict(saved)
-        assert optimizer.state[p]["step"] == 81
-    assert calls == ["saving"] * 2 + ["first", "second", "prepended", (0.25, 82, torch.float32)] * 2
-    assert saved["state"][0]["step"] == 2
-
-
-@each_variant
-def test_hooks_of_steps(variant):
-    problem, calls = Problem(variant), []
-
-    def count(optimizer, *_):
-        calls.append(len(optimizer.state))
-
-    handles = [register_optimizer_step_pre_hook(count), register_optimizer_step_post_hook(count)]
-    handles += [problem.optimizer.register_step_pre_hook(count), problem.optimizer.register_step_post_hook(count)]
+    handles = [
+        register_optimizer_step_pre_hook(noting("all before")),
+        register_optimizer_step_post_hook(noting("all after")),
+        optimizer.register_step_pre_hook(noting("before")),
+        optimizer.register_step_post_hook(noting("after")),
+        optimizer.register_state_dict_pre_hook(noting("saving")),
+        optimizer.register_state_dict_post_hook(noting("saved", lambda _, state: state | {"label": 1})),
+        optimizer.register_load_state_dict_pre_hook(noting("second", edited(0.25))),
+        optimizer.register_load_state_dict_pre_hook(noting("first", edited(0.5)), prepend=True),
+        optimizer.register_load_state_dict_post_hook(noting("loaded", lambda o: o.state[p].update(step=9))),
+        optimizer.register_load_state_dict_post_hook(
+            noting("prepended", lambda o: calls.append(o.state[p]["exp_avg"].dtype)), prepend=True
+        ),
+    ]
     problem.run(1)
+    state = optimizer.state_dict()
+    assert state["label"] == 1
+    loading = ["first 3", "second 3", "prepended 3", torch.float32, "loaded 3"]
+    for _ in range(2):  # a load leaves no hook of its own
+        optimizer.load_state_dict(state)
+        assert (
+            optimizer.param_groups[0]["lr"] == 0.25 and optimizer.state[p]["step"] == 9
+        )  # the hook's word is the last
+    expected = ["all before 0", "before 0", "after 3", "all after 3", "saving 3", "saved 3", *loading, *loading]
+    assert calls == expected
     for handle in handles:
         handle.remove()
-    problem.run(1)
-    assert calls == [0, 0, 3, 3]
+    problem.run(1).optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == expected
 
 
 # What is refused
-
-
-def weight(*shape, dtype=torch.float32):
-    return nn.Parameter(torch.ones(*(shape or (4, 4)), dtype=dtype), requires_grad=dtype.is_floating_point)
 
 
 def test_errors_of_the_constructor():
