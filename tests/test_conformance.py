@@ -384,7 +384,7 @@ def test_hooks(variant):
     state = optimizer.state_dict()
     assert state["label"] == 1
     loading = ["first 3", "second 3", "prepended 3", torch.float32, "loaded 3"]
-    for _ in range(2):  # a load leaves no hook of its own
+    for _ in range(2):
         optimizer.load_state_dict(state)
         assert optimizer.param_groups[0]["lr"] == 0.25 and (optimizer.state[p]["exp_avg"] == 9).all()
     expected = ["all before 0", "before 0", "after 3", "all after 3", "saving 3", "saved 3", *loading, *loading]
@@ -392,7 +392,7 @@ def test_hooks(variant):
     for handle in handles:
         handle.remove()
     problem.run(1).optimizer.load_state_dict(optimizer.state_dict())
-    assert calls == expected
+    assert calls == expected and not optimizer._optimizer_load_state_dict_pre_hooks
 
 
 # What is refused

@@ -75,6 +75,7 @@ def test_a_distributed_checkpoint_continues_bit_for_bit(one_process, tmp_path, m
 
 
 @needs_distributed
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="before torch 2.7 fully_shard needs a GPU")
 @pytest.mark.parametrize("method", METHODS)
 def test_fsdp_is_refused_by_name_where_it_splits_matrices(one_process, method):
     from torch.distributed.device_mesh import init_device_mesh
