@@ -197,7 +197,8 @@ class Fira(torch.optim.Optimizer):
     def new_state(self, p: Tensor, group: dict) -> dict:
         dtype, r = torch.promote_types(p.dtype, torch.float32), group["rank"]  # a bfloat16 V would not decay by 0.999
         if r is None:
-            return Fira.new_moments(self, torch.empty_like(p, dtype=dtype)) | {"step": torch.zeros((), device=p.device)}
+            step = torch.zeros((), dtype=torch.float32, device=p.device)
+            return {"step": step} | Fira.new_moments(self, torch.empty_like(p, dtype=dtype))
         W = oriented(p, group["proj_type"])
         R = torch.empty_like(W, dtype=dtype)
         state = {"step": 0, "prev_norm": p.new_full((), math.inf, dtype=dtype)}
@@ -220,9 +221,8 @@ class Fira(torch.optim.Optimizer):
             P = state["projection"].to(G) if state["chosen"] else None
             return self.find_projection(G, P, state["step"], group)
 
-        threads = torch.get_num_threads()
         # On CPUs a matrix for each core, since on one matrix LAPACK gains little from a second.
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(threads := torch.get_num_threads(), "", torch.set_num_threads, (1,)) as pool:
             found = (pool.map if all(p.device.type == "cpu" for p, _ in due) else map)(find, due)
         torch.set_num_threads(threads)  # or all threads to come would start with 1
         for (p, group), P in zip(due, list(found)):
@@ -263,10 +263,11 @@ class Fira(torch.optim.Optimizer):
         def check(_, saved):  # after the caller's own hooks
             groups = [own | new | {"rank": own["rank"]} for own, new in zip(self.param_groups, saved["param_groups"])]
             for own, group in zip(self.param_groups, groups):
+                check_group(group | {"params": own["params"]})
                 for p, index in zip(own["params"], group["params"]):
                     if index in saved["state"]:
                         loaded[p] = self.restored(saved["state"][index], self.new_state(p, group), name_of(p, own))
-            return saved | {"param_groups": groups}
+            return saved | {"param_groups": groups + saved["param_groups"][len(groups) :]}
 
         after = self.register_load_state_dict_post_hook(lambda _: self.state.update(loaded), prepend=True)
         with after, self.register_load_state_dict_pre_hook(check):  # which removes both again
@@ -291,8 +292,8 @@ def check_group(group: dict) -> None:
     """Raise ValueError, with what is wrong, if a group's options or parameters are."""
     torch.optim.AdamW([torch.zeros(1)], **{k: group[k] for k in ("lr", "betas", "eps", "weight_decay")})  # checks these
     for name, holds, what in (
-        ("rank", group["rank"] is None or group["rank"] == int(group["rank"]) >= 1, "a whole number above 0, or None"),
-        ("update_proj_gap", group["update_proj_gap"] == int(group["update_proj_gap"]) >= 1, "a whole number above 0"),
+        ("rank", group["rank"] is None or 0 < group["rank"] == group["rank"] // 1, "a whole number above 0, or None"),
+        ("update_proj_gap", 0 < group["update_proj_gap"] == group["update_proj_gap"] // 1, "a whole number above 0"),
         ("alpha", 0 < group["alpha"] < math.inf, "finite and above 0"),
         ("gamma", group["gamma"] is None or group["gamma"] >= 1, "at least 1, or None for no limiter"),
         ("only_scaling", not group["only_scaling"] or group["scaling"], "False where scaling is None"),
@@ -329,12 +330,11 @@ def param_groups(model: nn.Module, rank: int | None, **options) -> list[dict]:
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = {p: None for p in trained if p.dim() == 2 and p in in_blocks and p not in in_embeddings}
     if not matrices:
-        found = "found no blocks with matrices (FSDP hides them)" if trained else "no parameter requires a gradient"
+        found = "no blocks with matrices (under FSDP: use DistributedDataParallel)" if trained else "a frozen model"
         raise ValueError(f'{found}; make groups by hand: [{{"params": matrices, "rank": r}}, {{"params": others}}]')
-    rest = [p for p in trained if p not in matrices]
     groups = [
         {"params": list(matrices), "rank": rank, **options},
-        {"params": [p for p in rest if p.dim() >= 2], "rank": None},
-        {"params": [p for p in rest if p.dim() < 2], "rank": None, "weight_decay": 0.0},
+        {"params": [p for p in trained if p.dim() >= 2 and p not in matrices], "rank": None},
+        {"params": [p for p in trained if p.dim() < 2], "rank": None, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
