@@ -1,0 +1,237 @@
+"""Each variant against a naive float64 version of its own, its resume, the bytes of its state, and what it claims."""
+
+import copy
+import importlib.util
+import io
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import fira
+from fira import Fira, oriented
+
+FOLDER = Path(__file__).resolve().parents[1] / "variants"
+SHAPES = {"wide": (8, 20), "tall": (20, 8)}
+RANK, GAP, STEPS = 4, 3, 8  # the subspace changes before steps 1, 4 and 7
+
+
+def variant(name):
+    """The one subclass of Fira in variants/NAME.py, loaded by its path as train.py loads it."""
+    spec = importlib.util.spec_from_file_location(f"variant_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (cls,) = {c for c in vars(module).values() if isinstance(c, type) and c.__module__ == spec.name}
+    assert issubclass(cls, Fira)
+    return cls
+
+
+def gradients(shape, steps=STEPS, seed=0, dtype=torch.float64):
+    """Gradients that resemble each other, with singular values far apart, so that the subspaces are well defined."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    U, V = torch.linalg.qr(draw(shape[0], 8)).Q, torch.linalg.qr(draw(shape[1], 8)).Q
+    sizes = 2.0 ** -torch.arange(8)
+    return [(U * sizes @ V.T + 0.05 * draw(*shape)).to(dtype) for _ in range(steps)]
+
+
+def train(optimizer, p, grads):
+    for G in grads:
+        p.grad = G.to(p.dtype).clone()
+        optimizer.step()
+    return p.detach().clone()
+
+
+def options(**more):
+    return {"lr": 0.02, "rank": RANK, "update_proj_gap": GAP, "proj_method": "svd"} | more
+
+
+def weight(shape, dtype=torch.float64):
+    return torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=dtype))
+
+
+class Naive:
+    """Fira by the book, with matrices of full size, in float64; a subclass overrides what its variant changes."""
+
+    lr, eps, alpha, gamma, beta1, beta2 = 0.02, 1e-8, 0.25, 1.01, 0.9, 0.999
+
+    def __init__(self, shape):
+        self.t, self.P, self.prev, self.tall = 0, None, math.inf, shape[0] >= shape[1]
+        self.M = self.V = torch.zeros(RANK, max(shape), dtype=torch.float64)
+
+    def find(self, G):
+        return torch.linalg.svd(G).U[:, :RANK]
+
+    def change(self, P):
+        """`P` has the new vectors, each with the sign that fits the one it replaces."""
+        self.P = P
+
+    def adam(self, R):
+        self.M = self.beta1 * self.M + (1 - self.beta1) * R
+        self.V = self.beta2 * self.V + (1 - self.beta2) * R**2
+        return self.M / (self.V.sqrt() + self.eps), math.sqrt(1 - self.beta2**self.t) / (1 - self.beta1**self.t)
+
+    inner = adam
+
+    def outside(self, G, R, N):
+        S = torch.linalg.norm(N, dim=0) / (torch.linalg.norm(R, dim=0) + 1e-8) * (G - self.P @ R)
+        ratio = torch.linalg.norm(S) / (self.prev + 1e-8)
+        S = S * self.gamma / max(ratio, self.gamma)
+        self.prev = torch.linalg.norm(S)
+        return S
+
+    def step(self, G):
+        """What is added to the weight."""
+        G = G.double().T if self.tall else G.double()
+        if self.t % GAP == 0:
+            P = self.find(G)
+            if self.P is not None:
+                shared = min(P.shape[1], self.P.shape[1])
+                signs = (P[:, :shared] * self.P[:, :shared]).sum(0)
+                P = torch.cat([P[:, :shared] * torch.where(signs < 0, -1.0, 1.0), P[:, shared:]], 1)
+            self.change(P)
+        self.t += 1
+        R = self.P.T @ G
+        N, c = self.inner(R)
+        change = -self.lr * c * (self.alpha * self.P @ N + self.outside(G, R, N))
+        return change.T if self.tall else change
+
+
+def agrees(naive, optimizer, p, grads, tolerance=1e-9):
+    """Both take the same steps; the weights must agree after each. Signs of new vectors follow the optimizer's."""
+    W = p.detach().double().clone()
+    for G in grads:
+        if naive.t == 0:  # an SVD's first signs are arbitrary: take those of the optimizer
+            first = naive.find
+
+            def find(G, first=first):
+                P = first(G)
+                theirs = optimizer.state[p]["projection"].double()
+                return P * (P * theirs[:, : P.shape[1]]).sum(0).sign()
+
+            naive.find = find
+        train(optimizer, p, [G])
+        before = W.clone()
+        W = W + naive.step(G)
+        naive.__dict__.pop("find", None)
+        assert (W - before).norm() > 1e-3
+        torch.testing.assert_close(p.detach().double(), W, rtol=tolerance, atol=tolerance)
+
+
+def resumes(cls, shape=(20, 8), dtype=torch.float32, grads=None, **more):
+    """Stop after each step, save, load with weights_only=True into new objects, go on: the same bits."""
+    grads = grads or gradients(shape, dtype=dtype)
+    p, b = weight(shape, dtype), torch.nn.Parameter(torch.ones(shape[0], dtype=dtype))
+    make = lambda p, b: cls([{"params": [p], **options(**more)}, {"params": [b], "lr": 0.01}])  # noqa: E731
+    straight, optimizer = (copy.deepcopy((p, b)) for _ in range(2)), None
+    (p, b), (q, c) = straight
+    through, optimizer = make(p, b), make(q, c)
+    for G in grads:
+        b.grad, c.grad = G[:, 0].clone(), G[:, 0].clone()
+        train(through, p, [G])
+        train(optimizer, q, [G])
+        file = io.BytesIO()
+        torch.save({"optimizer": optimizer.state_dict(), "q": q.data, "c": c.data}, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        q, c = torch.nn.Parameter(saved["q"]), torch.nn.Parameter(saved["c"])
+        optimizer = make(q, c)
+        optimizer.load_state_dict(saved["optimizer"])
+    assert torch.equal(p, q) and torch.equal(b, c)
+
+
+def state_bytes(optimizer, p):
+    return sum(x.numel() * x.element_size() for x in optimizer.state[p].values() if isinstance(x, torch.Tensor))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_naive_version_is_fira(shape):
+    p = weight(shape)
+    agrees(Naive(shape), Fira([p], **options()), p, gradients(shape))
+
+
+# inner
+
+
+class NaiveInner(Naive):
+    kind = ""
+
+    def inner(self, R):
+        if self.kind == "momentum":
+            self.M = self.beta1 * self.M + R
+            return self.M, 1
+        if self.kind == "adagrad":
+            self.V = self.V + R**2
+            return R / (self.V.sqrt() + self.eps), 1
+        if self.kind == "rmsprop":
+            self.V = self.beta2 * self.V + (1 - self.beta2) * R**2
+            return R / (self.V.sqrt() + self.eps), math.sqrt(1 - self.beta2**self.t)
+        N = torch.sign(self.beta1 * self.M + (1 - self.beta1) * R)
+        self.M = self.beta2 * self.M + (1 - self.beta2) * R
+        return N, 1
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("kind", ["momentum", "adagrad", "rmsprop", "lion"])
+def test_inner(kind, shape):
+    naive, p = NaiveInner(shape), weight(shape)
+    naive.kind = kind
+    optimizer = variant("inner")([p], kind=kind, **options())
+    agrees(naive, optimizer, p, gradients(shape))
+    m, n = min(shape), max(shape)
+    assert state_bytes(optimizer, p) == 8 * (m * RANK + n * RANK + 1)
+    resumes(lambda groups: variant("inner")(groups, kind=kind), shape)
+
+
+def test_inner_which_phi_is_trivial():
+    G = gradients((8, 20))
+    p, q = weight((8, 20)), weight((8, 20))
+    sgd = variant("inner")([p], kind="momentum", betas=(0.0, 0.9), **options(alpha=1.0, gamma=None))
+    torch.testing.assert_close(train(sgd, p, G), train(torch.optim.SGD([q], lr=0.02), q, G), rtol=0, atol=1e-8)
+    torch.testing.assert_close(sgd.seen[p]["phi"], torch.ones(20).double(), rtol=1e-5, atol=0)
+    lion = variant("inner")([p], kind="lion", **options())
+    train(lion, p, G)
+    torch.testing.assert_close(
+        lion.seen[p]["phi"] * lion.seen[p]["R"], torch.full((20,), 2.0).double(), rtol=1e-5, atol=0
+    )
+    with pytest.raises(ValueError, match="kind='lamb' must be one of"):
+        variant("inner")([p], kind="lamb")
+
+
+# rotate
+
+
+class NaiveRotate(Naive):
+    def change(self, P):
+        if self.P is not None:
+            M, V = self.M.clone(), self.V.clone()
+            for i in range(RANK):
+                cosines = [float(P[:, i] @ self.P[:, j]) for j in range(RANK)]
+                self.M[i] = sum(c * M[j] for j, c in enumerate(cosines))
+                self.V[i] = sum(c**2 * V[j] for j, c in enumerate(cosines))
+        self.P = P
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_rotate(shape):
+    p = weight(shape)
+    optimizer = variant("rotate")([p], **options())
+    agrees(NaiveRotate(shape), optimizer, p, gradients(shape))
+    assert state_bytes(optimizer, p) == 8 * (8 * RANK + 2 * 20 * RANK + 1)
+    resumes(variant("rotate"), shape)
+
+
+def test_rotate_keeps_the_momentum_whatever_the_basis():
+    """A new basis of the same subspace: P M, the momentum as a matrix, stays the same, for Fira it does not."""
+    kept = []
+    for cls in (variant("rotate"), Fira):
+        p = weight((8, 20))
+        optimizer = cls([p], **options(update_proj_gap=100))
+        train(optimizer, p, gradients((8, 20)))
+        state = optimizer.state[p]
+        before = state["projection"] @ state["exp_avg"]
+        turn = torch.linalg.qr(torch.randn(RANK, RANK, dtype=torch.float64)).Q
+        optimizer.change_subspace(state, state["projection"] @ turn, optimizer.param_groups[0])
+        kept.append(torch.dist(before, state["projection"] @ state["exp_avg"]) / before.norm())
+    assert kept[0] < 1e-12 and kept[1] > 0.1
