@@ -235,3 +235,162 @@ def test_rotate_keeps_the_momentum_whatever_the_basis():
         optimizer.change_subspace(state, state["projection"] @ turn, optimizer.param_groups[0])
         kept.append(torch.dist(before, state["projection"] @ state["exp_avg"]) / before.norm())
     assert kept[0] < 1e-12 and kept[1] > 0.1
+
+
+# two_sided
+
+
+class NaiveTwoSided(Naive):
+    def change(self, P):
+        self.P, self.right_due = P, True
+
+    def inner(self, R):
+        if self.right_due:
+            new = torch.linalg.svd(R).Vh[:RANK].T
+            old = getattr(self, "right", new * (new * self.theirs()).sum(0).sign())
+            self.right = new * (new * old).sum(0).sign()
+            self.M, self.V = self.M[:, :RANK], self.V[:, :RANK]
+            self.right_due = False
+        N, c = self.adam(R @ self.right)
+        return N @ self.right.T, c
+
+    def outside(self, G, R, N):
+        return torch.zeros_like(G)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_two_sided(shape):
+    p, naive = weight(shape), NaiveTwoSided(shape)
+    optimizer = variant("two_sided")([p], **options())
+    naive.theirs = lambda: optimizer.state[p]["right"]  # the first signs are arbitrary
+    agrees(naive, optimizer, p, gradients(shape))
+    assert state_bytes(optimizer, p) == 8 * ((8 + 20) * RANK + 2 * RANK**2 + 1)
+    resumes(variant("two_sided"), shape)
+    p, q = weight(shape), weight(shape)  # at the full rank there are no sides: Adam
+    both = train(variant("two_sided")([p], **options(rank=8)), p, gradients(shape))
+    assert torch.equal(both, train(Fira([q], **options(rank=8)), q, gradients(shape)))
+
+
+# adaptive_rank
+
+
+class NaiveAdaptiveRank(Naive):
+    energy = 0.9
+
+    def find(self, G):
+        U, sizes, _ = torch.linalg.svd(G)
+        r = next(r for r in range(1, 9) if (sizes[:r] ** 2).sum() >= self.energy * (sizes**2).sum() or r == 6)
+        return U[:, :r]
+
+    def change(self, P):
+        r, old = P.shape[1], 0 if self.P is None else self.P.shape[1]
+        M, V = torch.zeros(r, self.M.shape[1]).double(), torch.zeros(r, self.M.shape[1]).double()
+        for j in range(r if old else 0):
+            M[j] = self.M[j] if j < old else 0
+            V[j] = self.V[min(j, old - 1)]
+        self.P, self.M, self.V = P, M, V
+
+
+def spectrum(sizes, shape=(8, 20), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    U, V = (torch.linalg.qr(torch.randn(n, len(sizes), generator=generator).double()).Q for n in shape)
+    return U * torch.tensor(sizes).double() @ V.T
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_adaptive_rank(shape):
+    wide, narrow = [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4], [1, 0.3, 0.1, 0.05, 0.02]
+    grads = [spectrum(s, shape, seed=0) for s in (wide,) * 3 + (narrow,) * 3 + ([1, 0.8, 0.5, 0.1],) * 3 + (wide,) * 3]
+    p = weight(shape)
+    optimizer = variant("adaptive_rank")([p], **options(rank=6))
+    ranks, naive = [], NaiveAdaptiveRank(shape)
+    for G in range(0, 12, GAP):
+        agrees(naive, optimizer, p, grads[G : G + GAP])
+        ranks.append(optimizer.state[p]["projection"].shape[1])
+        assert state_bytes(optimizer, p) == 8 * ((8 + 2 * 20) * ranks[-1] + 1)
+    assert ranks == [6, 1, 3, 6] or ranks == [5, 1, 3, 5], ranks  # 6 is the cap
+    resumes(variant("adaptive_rank"), shape, grads=[G.float() for G in grads], rank=6)
+
+
+def test_adaptive_rank_keeps_the_share():
+    G, cls = spectrum([4, 3, 2, 1, 0.5, 0.25]), variant("adaptive_rank")
+    for energy, r in ((0.5, 1), (0.9, 3), (0.99, 5), (1.0, 6)):
+        p = weight(G.shape)
+        optimizer = cls([p], energy=energy, **options(rank=7))
+        train(optimizer, p, [G])
+        assert optimizer.state[p]["projection"].shape[1] == r or energy == 1.0 and r <= 7
+    saved = optimizer.state_dict()
+    with pytest.raises(ValueError, match="must have"):  # of a higher cap
+        cls([weight(G.shape)], **options(rank=2)).load_state_dict(saved)
+    with pytest.raises(ValueError, match="energy=32"):
+        cls([weight(G.shape)], energy=32)
+
+
+# randomized
+
+
+class NaiveRandomized(Naive):
+    def find(self, G):
+        Q = torch.randn(8, RANK + 2, dtype=torch.float64, generator=torch.Generator().manual_seed(self.t))
+        for _ in range(2):
+            Q = torch.linalg.svd(G @ G.T @ Q, full_matrices=False).U  # another basis of the same space
+        return Q @ torch.linalg.svd(Q.T @ G).U[:, :RANK]
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_randomized(shape):
+    p = weight(shape)
+    optimizer = variant("randomized")([p], oversample=2, **options())
+    agrees(NaiveRandomized(shape), optimizer, p, gradients(shape), 1e-7)
+    assert state_bytes(optimizer, p) == 8 * (8 * RANK + 2 * 20 * RANK + 1)
+    resumes(variant("randomized"), shape)
+
+
+def test_randomized_energy():
+    """At a flat tail of the spectrum, the share of the exact energy that P holds."""
+    G = spectrum([1 / (j + 1) ** 0.5 for j in range(60)], (60, 90))
+    exact = torch.linalg.svdvals(G)[:16].square().sum()
+    share = []
+    for iterations in (1, 2, 4):
+        optimizer = variant("randomized")([weight(G.shape)], iterations=iterations, **options(rank=16))
+        P = optimizer.find_projection(G, None, 0, optimizer.param_groups[0])
+        torch.testing.assert_close(P.T @ P, torch.eye(16).double())
+        share.append(float((P.T @ G).square().sum() / exact))
+    assert 0.85 < share[0] < share[1] < share[2] < 1 + 1e-9 and share[1] > 0.95, share
+
+
+# spread
+
+
+class NaiveSpread(Naive):
+    turn = 0
+
+    def step(self, G):
+        global GAP
+        if self.t and self.t % GAP != self.turn:
+            t, self.t = self.t, 1  # not due
+        return super().step(G)
+
+
+def test_spread():
+    """Which matrix changes in which step; between changes it is Fira."""
+    shapes = [(8, 20), (20, 8), (8, 20), (9, 20), (8, 8)]
+    ps = [weight(shape) for shape in shapes]
+    optimizer = variant("spread")(ps, **options(update_proj_gap=10))
+    changed, choose = [], Fira.find_projection
+
+    def find(G, P, step, group):
+        changed.append(step)
+        return choose(optimizer, G, P, step, group)
+
+    optimizer.find_projection = find
+    log = []
+    grads = [gradients(shape, 25, i) for i, shape in enumerate(shapes)]
+    for step in range(25):
+        for p, g in zip(ps, grads):
+            p.grad = g[step].clone()
+        optimizer.step()
+        log.append(len(changed))
+    assert [b - a for a, b in zip([0] + log, log)] == [5] + [0, 1] * 12  # one each second step, none twice
+    assert sorted(changed) == sorted([0] * 5 + list(range(2, 25, 2)))
+    resumes(variant("spread"), (8, 20))
