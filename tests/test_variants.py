@@ -1,6 +1,5 @@
 """Each variant against a naive float64 version of its own, its resume, the bytes of its state, and what it claims."""
 
-import copy
 import importlib.util
 import io
 import math
@@ -8,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-import fira
-from fira import Fira, oriented
+from fira import Fira
 
 FOLDER = Path(__file__).resolve().parents[1] / "variants"
-SHAPES = {"wide": (8, 20), "tall": (20, 8)}
-RANK, GAP, STEPS = 4, 3, 8  # the subspace changes before steps 1, 4 and 7
+RANK, GAP, STEPS = 4, 3, 9  # the subspace changes before steps 1, 4 and 7
+SHAPES = pytest.mark.parametrize("shape", [(8, 70), (70, 8)], ids=["wide", "tall"])
 
 
 def variant(name):
@@ -27,38 +26,48 @@ def variant(name):
     return cls
 
 
-def gradients(shape, steps=STEPS, seed=0, dtype=torch.float64):
-    """Gradients that resemble each other, with singular values far apart, so that the subspaces are well defined."""
+def matrix(sizes, shape, seed=0):
+    """A matrix with these singular values; the vectors depend on the seed alone."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
-    U, V = torch.linalg.qr(draw(shape[0], 8)).Q, torch.linalg.qr(draw(shape[1], 8)).Q
-    sizes = 2.0 ** -torch.arange(8)
-    return [(U * sizes @ V.T + 0.05 * draw(*shape)).to(dtype) for _ in range(steps)]
+    U, V = (torch.linalg.qr(torch.randn(n, len(sizes), generator=generator, dtype=torch.float64)).Q for n in shape)
+    return U * torch.as_tensor(sizes, dtype=torch.float64) @ V.T
 
 
-def train(optimizer, p, grads):
-    for G in grads:
-        p.grad = G.to(p.dtype).clone()
-        optimizer.step()
-    return p.detach().clone()
+def gradients(shape, steps=STEPS):
+    """Gradients that resemble each other, whose energy lies in about 4, 1 and 2 directions at the three changes."""
+    generator = torch.Generator().manual_seed(1)
+    spectra = [(0.8, 0.2, 0.5)[t // GAP % 3] ** torch.arange(8) for t in range(steps)]
+    noise = torch.randn(steps, *shape, generator=generator, dtype=torch.float64) * 0.02
+    return [matrix(sizes, shape) + noise[t] for t, sizes in enumerate(spectra)]
+
+
+def weight(shape, dtype=torch.float64):
+    return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype))
 
 
 def options(**more):
     return {"lr": 0.02, "rank": RANK, "update_proj_gap": GAP, "proj_method": "svd"} | more
 
 
-def weight(shape, dtype=torch.float64):
-    return torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=dtype))
+def train(optimizer, p, grads):
+    for G in grads:
+        p.grad = G.to(p.dtype)
+        optimizer.step()
+    return p.detach().clone()
+
+
+def state_bytes(optimizer, p):
+    return sum(x.numel() * x.element_size() for x in optimizer.state[p].values() if isinstance(x, torch.Tensor))
 
 
 class Naive:
     """Fira by the book, with matrices of full size, in float64; a subclass overrides what its variant changes."""
 
-    lr, eps, alpha, gamma, beta1, beta2 = 0.02, 1e-8, 0.25, 1.01, 0.9, 0.999
+    lr, eps, alpha, gamma, beta1, beta2, turn = 0.02, 1e-8, 0.25, 1.01, 0.9, 0.999, 0
 
     def __init__(self, shape):
         self.t, self.P, self.prev, self.tall = 0, None, math.inf, shape[0] >= shape[1]
-        self.M = self.V = torch.zeros(RANK, max(shape), dtype=torch.float64)
+        self.M, self.V = (torch.zeros(RANK, max(shape), dtype=torch.float64) for _ in range(2))
 
     def find(self, G):
         return torch.linalg.svd(G).U[:, :RANK]
@@ -67,330 +76,317 @@ class Naive:
         """`P` has the new vectors, each with the sign that fits the one it replaces."""
         self.P = P
 
-    def adam(self, R):
+    def adam(self, R, t):
         self.M = self.beta1 * self.M + (1 - self.beta1) * R
         self.V = self.beta2 * self.V + (1 - self.beta2) * R**2
-        return self.M / (self.V.sqrt() + self.eps), math.sqrt(1 - self.beta2**self.t) / (1 - self.beta1**self.t)
+        return self.M / (self.V.sqrt() + self.eps), math.sqrt(1 - self.beta2**t) / (1 - self.beta1**t)
 
-    inner = adam
+    def inner(self, R):
+        return self.adam(R, self.t)
 
-    def outside(self, G, R, N):
+    def rest(self, G, R, N):
         S = torch.linalg.norm(N, dim=0) / (torch.linalg.norm(R, dim=0) + 1e-8) * (G - self.P @ R)
-        ratio = torch.linalg.norm(S) / (self.prev + 1e-8)
-        S = S * self.gamma / max(ratio, self.gamma)
+        S *= min(1, self.gamma * (self.prev + 1e-8) / torch.linalg.norm(S))
         self.prev = torch.linalg.norm(S)
         return S
 
     def step(self, G):
         """What is added to the weight."""
         G = G.double().T if self.tall else G.double()
-        if self.t % GAP == 0:
+        if self.t == 0 or self.t % GAP == self.turn:
             P = self.find(G)
-            if self.P is not None:
-                shared = min(P.shape[1], self.P.shape[1])
-                signs = (P[:, :shared] * self.P[:, :shared]).sum(0)
-                P = torch.cat([P[:, :shared] * torch.where(signs < 0, -1.0, 1.0), P[:, shared:]], 1)
+            for j in range(0 if self.P is None else min(P.shape[1], self.P.shape[1])):
+                P[:, j] *= -1 if P[:, j] @ self.P[:, j] < 0 else 1
             self.change(P)
         self.t += 1
         R = self.P.T @ G
         N, c = self.inner(R)
-        change = -self.lr * c * (self.alpha * self.P @ N + self.outside(G, R, N))
+        change = -self.lr * c * (self.alpha * self.P @ N + self.rest(G, R, N))
         return change.T if self.tall else change
 
 
-def agrees(naive, optimizer, p, grads, tolerance=1e-9):
-    """Both take the same steps; the weights must agree after each. Signs of new vectors follow the optimizer's."""
-    W = p.detach().double().clone()
-    for G in grads:
-        if naive.t == 0:  # an SVD's first signs are arbitrary: take those of the optimizer
-            first = naive.find
-
-            def find(G, first=first):
-                P = first(G)
-                theirs = optimizer.state[p]["projection"].double()
-                return P * (P * theirs[:, : P.shape[1]]).sum(0).sign()
-
-            naive.find = find
-        train(optimizer, p, [G])
-        before = W.clone()
-        W = W + naive.step(G)
-        naive.__dict__.pop("find", None)
-        assert (W - before).norm() > 1e-3
-        torch.testing.assert_close(p.detach().double(), W, rtol=tolerance, atol=tolerance)
-
-
-def resumes(cls, shape=(20, 8), dtype=torch.float32, grads=None, **more):
-    """Stop after each step, save, load with weights_only=True into new objects, go on: the same bits."""
-    grads = grads or gradients(shape, dtype=dtype)
-    p, b = weight(shape, dtype), torch.nn.Parameter(torch.ones(shape[0], dtype=dtype))
-    make = lambda p, b: cls([{"params": [p], **options(**more)}, {"params": [b], "lr": 0.01}])  # noqa: E731
-    straight, optimizer = (copy.deepcopy((p, b)) for _ in range(2)), None
-    (p, b), (q, c) = straight
-    through, optimizer = make(p, b), make(q, c)
-    for G in grads:
-        b.grad, c.grad = G[:, 0].clone(), G[:, 0].clone()
-        train(through, p, [G])
-        train(optimizer, q, [G])
-        file = io.BytesIO()
-        torch.save({"optimizer": optimizer.state_dict(), "q": q.data, "c": c.data}, file)
-        file.seek(0)
-        saved = torch.load(file, weights_only=True)
-        q, c = torch.nn.Parameter(saved["q"]), torch.nn.Parameter(saved["c"])
-        optimizer = make(q, c)
-        optimizer.load_state_dict(saved["optimizer"])
-    assert torch.equal(p, q) and torch.equal(b, c)
-
-
-def state_bytes(optimizer, p):
-    return sum(x.numel() * x.element_size() for x in optimizer.state[p].values() if isinstance(x, torch.Tensor))
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_naive_version_is_fira(shape):
-    p = weight(shape)
-    agrees(Naive(shape), Fira([p], **options()), p, gradients(shape))
-
-
-# inner
-
-
-class NaiveInner(Naive):
-    kind = ""
-
+class Inner(Naive):
     def inner(self, R):
+        M = self.M  # the one moment it keeps, M or V
+        decayed = self.beta2 * M + (1 - self.beta2) * (R if self.kind == "lion" else R**2)
+        self.M = {"momentum": self.beta1 * M + R, "adagrad": M + R**2}.get(self.kind, decayed)
         if self.kind == "momentum":
-            self.M = self.beta1 * self.M + R
             return self.M, 1
-        if self.kind == "adagrad":
-            self.V = self.V + R**2
-            return R / (self.V.sqrt() + self.eps), 1
-        if self.kind == "rmsprop":
-            self.V = self.beta2 * self.V + (1 - self.beta2) * R**2
-            return R / (self.V.sqrt() + self.eps), math.sqrt(1 - self.beta2**self.t)
-        N = torch.sign(self.beta1 * self.M + (1 - self.beta1) * R)
-        self.M = self.beta2 * self.M + (1 - self.beta2) * R
-        return N, 1
+        if self.kind == "lion":
+            return torch.sign(self.beta1 * M + (1 - self.beta1) * R), 1
+        return R / (self.M.sqrt() + self.eps), 1 if self.kind == "adagrad" else math.sqrt(1 - self.beta2**self.t)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("kind", ["momentum", "adagrad", "rmsprop", "lion"])
-def test_inner(kind, shape):
-    naive, p = NaiveInner(shape), weight(shape)
-    naive.kind = kind
-    optimizer = variant("inner")([p], kind=kind, **options())
-    agrees(naive, optimizer, p, gradients(shape))
-    m, n = min(shape), max(shape)
-    assert state_bytes(optimizer, p) == 8 * (m * RANK + n * RANK + 1)
-    resumes(lambda groups: variant("inner")(groups, kind=kind), shape)
-
-
-def test_inner_which_phi_is_trivial():
-    G = gradients((8, 20))
-    p, q = weight((8, 20)), weight((8, 20))
-    sgd = variant("inner")([p], kind="momentum", betas=(0.0, 0.9), **options(alpha=1.0, gamma=None))
-    torch.testing.assert_close(train(sgd, p, G), train(torch.optim.SGD([q], lr=0.02), q, G), rtol=0, atol=1e-8)
-    torch.testing.assert_close(sgd.seen[p]["phi"], torch.ones(20).double(), rtol=1e-5, atol=0)
-    lion = variant("inner")([p], kind="lion", **options())
-    train(lion, p, G)
-    torch.testing.assert_close(
-        lion.seen[p]["phi"] * lion.seen[p]["R"], torch.full((20,), 2.0).double(), rtol=1e-5, atol=0
-    )
-    with pytest.raises(ValueError, match="kind='lamb' must be one of"):
-        variant("inner")([p], kind="lamb")
-
-
-# rotate
-
-
-class NaiveRotate(Naive):
+class Rotate(Naive):
     def change(self, P):
         if self.P is not None:
             M, V = self.M.clone(), self.V.clone()
             for i in range(RANK):
-                cosines = [float(P[:, i] @ self.P[:, j]) for j in range(RANK)]
-                self.M[i] = sum(c * M[j] for j, c in enumerate(cosines))
-                self.V[i] = sum(c**2 * V[j] for j, c in enumerate(cosines))
+                self.M[i] = sum((P[:, i] @ self.P[:, j]) * M[j] for j in range(RANK))
+                self.V[i] = sum((P[:, i] @ self.P[:, j]) ** 2 * V[j] for j in range(RANK))
         self.P = P
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_rotate(shape):
-    p = weight(shape)
-    optimizer = variant("rotate")([p], **options())
-    agrees(NaiveRotate(shape), optimizer, p, gradients(shape))
-    assert state_bytes(optimizer, p) == 8 * (8 * RANK + 2 * 20 * RANK + 1)
-    resumes(variant("rotate"), shape)
-
-
-def test_rotate_keeps_the_momentum_whatever_the_basis():
-    """A new basis of the same subspace: P M, the momentum as a matrix, stays the same, for Fira it does not."""
-    kept = []
-    for cls in (variant("rotate"), Fira):
-        p = weight((8, 20))
-        optimizer = cls([p], **options(update_proj_gap=100))
-        train(optimizer, p, gradients((8, 20)))
-        state = optimizer.state[p]
-        before = state["projection"] @ state["exp_avg"]
-        turn = torch.linalg.qr(torch.randn(RANK, RANK, dtype=torch.float64)).Q
-        optimizer.change_subspace(state, state["projection"] @ turn, optimizer.param_groups[0])
-        kept.append(torch.dist(before, state["projection"] @ state["exp_avg"]) / before.norm())
-    assert kept[0] < 1e-12 and kept[1] > 0.1
-
-
-# two_sided
-
-
-class NaiveTwoSided(Naive):
+class TwoSided(Naive):
     def change(self, P):
-        self.P, self.right_due = P, True
+        self.P, self.due = P, True
 
     def inner(self, R):
-        if self.right_due:
+        if self.due:
             new = torch.linalg.svd(R).Vh[:RANK].T
-            old = getattr(self, "right", new * (new * self.theirs()).sum(0).sign())
-            self.right = new * (new * old).sum(0).sign()
-            self.M, self.V = self.M[:, :RANK], self.V[:, :RANK]
-            self.right_due = False
-        N, c = self.adam(R @ self.right)
+            self.right = new * (new * getattr(self, "right", new)).sum(0).sign()
+            self.M, self.V, self.due = self.M[:, :RANK], self.V[:, :RANK], False
+        N, c = self.adam(R @ self.right, self.t)
         return N @ self.right.T, c
 
-    def outside(self, G, R, N):
+    def rest(self, G, R, N):
         return torch.zeros_like(G)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_two_sided(shape):
-    p, naive = weight(shape), NaiveTwoSided(shape)
-    optimizer = variant("two_sided")([p], **options())
-    naive.theirs = lambda: optimizer.state[p]["right"]  # the first signs are arbitrary
-    agrees(naive, optimizer, p, gradients(shape))
-    assert state_bytes(optimizer, p) == 8 * ((8 + 20) * RANK + 2 * RANK**2 + 1)
-    resumes(variant("two_sided"), shape)
-    p, q = weight(shape), weight(shape)  # at the full rank there are no sides: Adam
-    both = train(variant("two_sided")([p], **options(rank=8)), p, gradients(shape))
-    assert torch.equal(both, train(Fira([q], **options(rank=8)), q, gradients(shape)))
-
-
-# adaptive_rank
-
-
-class NaiveAdaptiveRank(Naive):
-    energy = 0.9
-
+class AdaptiveRank(Naive):
     def find(self, G):
         U, sizes, _ = torch.linalg.svd(G)
-        r = next(r for r in range(1, 9) if (sizes[:r] ** 2).sum() >= self.energy * (sizes**2).sum() or r == 6)
-        return U[:, :r]
+        return U[:, : next(r for r in (1, 2, 3, 4) if (sizes[:r] ** 2).sum() >= 0.9 * (sizes**2).sum() or r == 4)]
 
     def change(self, P):
-        r, old = P.shape[1], 0 if self.P is None else self.P.shape[1]
-        M, V = torch.zeros(r, self.M.shape[1]).double(), torch.zeros(r, self.M.shape[1]).double()
-        for j in range(r if old else 0):
-            M[j] = self.M[j] if j < old else 0
-            V[j] = self.V[min(j, old - 1)]
-        self.P, self.M, self.V = P, M, V
+        old, r = self.M.shape[0] if self.P is None else self.P.shape[1], P.shape[1]
+        self.M = torch.stack([self.M[j] if j < old else torch.zeros_like(self.M[0]) for j in range(r)])
+        self.V = torch.stack([self.V[min(j, old - 1)] for j in range(r)])
+        self.P = P
 
 
-def spectrum(sizes, shape=(8, 20), seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    U, V = (torch.linalg.qr(torch.randn(n, len(sizes), generator=generator).double()).Q for n in shape)
-    return U * torch.tensor(sizes).double() @ V.T
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_adaptive_rank(shape):
-    wide, narrow = [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4], [1, 0.3, 0.1, 0.05, 0.02]
-    grads = [spectrum(s, shape, seed=0) for s in (wide,) * 3 + (narrow,) * 3 + ([1, 0.8, 0.5, 0.1],) * 3 + (wide,) * 3]
-    p = weight(shape)
-    optimizer = variant("adaptive_rank")([p], **options(rank=6))
-    ranks, naive = [], NaiveAdaptiveRank(shape)
-    for G in range(0, 12, GAP):
-        agrees(naive, optimizer, p, grads[G : G + GAP])
-        ranks.append(optimizer.state[p]["projection"].shape[1])
-        assert state_bytes(optimizer, p) == 8 * ((8 + 2 * 20) * ranks[-1] + 1)
-    assert ranks == [6, 1, 3, 6] or ranks == [5, 1, 3, 5], ranks  # 6 is the cap
-    resumes(variant("adaptive_rank"), shape, grads=[G.float() for G in grads], rank=6)
-
-
-def test_adaptive_rank_keeps_the_share():
-    G, cls = spectrum([4, 3, 2, 1, 0.5, 0.25]), variant("adaptive_rank")
-    for energy, r in ((0.5, 1), (0.9, 3), (0.99, 5), (1.0, 6)):
-        p = weight(G.shape)
-        optimizer = cls([p], energy=energy, **options(rank=7))
-        train(optimizer, p, [G])
-        assert optimizer.state[p]["projection"].shape[1] == r or energy == 1.0 and r <= 7
-    saved = optimizer.state_dict()
-    with pytest.raises(ValueError, match="must have"):  # of a higher cap
-        cls([weight(G.shape)], **options(rank=2)).load_state_dict(saved)
-    with pytest.raises(ValueError, match="energy=32"):
-        cls([weight(G.shape)], energy=32)
-
-
-# randomized
-
-
-class NaiveRandomized(Naive):
+class Randomized(Naive):
     def find(self, G):
         Q = torch.randn(8, RANK + 2, dtype=torch.float64, generator=torch.Generator().manual_seed(self.t))
-        for _ in range(2):
-            Q = torch.linalg.svd(G @ G.T @ Q, full_matrices=False).U  # another basis of the same space
+        Q = torch.linalg.svd(G @ G.T @ G @ G.T @ Q, full_matrices=False).U
         return Q @ torch.linalg.svd(Q.T @ G).U[:, :RANK]
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_randomized(shape):
-    p = weight(shape)
-    optimizer = variant("randomized")([p], oversample=2, **options())
-    agrees(NaiveRandomized(shape), optimizer, p, gradients(shape), 1e-7)
-    assert state_bytes(optimizer, p) == 8 * (8 * RANK + 2 * 20 * RANK + 1)
-    resumes(variant("randomized"), shape)
+class EightBit(Naive):
+    def change(self, P):
+        codes = torch.round(127 * P / P.abs().max(0).values)
+        self.P = codes / torch.linalg.norm(codes, dim=0)
+
+    def inner(self, R):
+        N, c = self.adam(R, self.t)
+        draws = torch.Generator().manual_seed(self.t)
+        self.M = self.stored(self.M, 127, 0, draws)
+        self.V = self.stored(self.V.sqrt(), 255, 1, draws) ** 2
+        return N, c
+
+    def stored(self, X, levels, least, draws):
+        x, chance = X.flatten().clone(), torch.rand(2, 256, dtype=torch.float64, generator=draws).flatten()
+        for block in (slice(0, 256), slice(256, 512)):
+            largest = x[block].abs().max()
+            for i in range(len(x))[block]:
+                exact = levels**2 * abs(x[i]) / largest
+                low = math.floor(math.sqrt(exact))
+                code = low + (chance[i] < (exact - low**2) / ((low + 1) ** 2 - low**2))
+                x[i] = torch.sign(x[i]) * largest * (max(code, least) / levels) ** 2
+        return x.view(X.shape)
+
+
+class Spam(Naive):
+    gamma, v = 1, 0
+
+    def inner(self, R):
+        since = (self.t - 1) % self.reset
+        if since == 0:
+            self.M, self.V = torch.zeros_like(R), torch.zeros_like(R)
+        else:
+            R = torch.where(R**2 > self.threshold * self.V, torch.sign(R) * torch.sqrt(self.threshold * self.V), R)
+        N, c = self.adam(R, since + 1)
+        rising = self.t > self.reset and since < self.warmup
+        return N, c * (math.sin(math.pi / 2 * (since + 1) / self.warmup) ** 2 if rising else 1)
+
+    def rest(self, G, R, N):
+        mean = self.v / (1 - self.beta2 ** (self.t - 1)) if self.t > 1 else math.inf
+        self.prev = math.sqrt(self.outside * mean)
+        S = super().rest(G, R, N)
+        self.v = self.beta2 * self.v + (1 - self.beta2) * (S**2).sum()
+        return S
+
+
+CASES = {  # file, its options, the naive version, numbers of 8 bytes in the state
+    "momentum": ("inner", {"kind": "momentum"}, Inner, lambda m, n, r: m * r + n * r + 1),
+    "adagrad": ("inner", {"kind": "adagrad"}, Inner, lambda m, n, r: m * r + n * r + 1),
+    "rmsprop": ("inner", {"kind": "rmsprop"}, Inner, lambda m, n, r: m * r + n * r + 1),
+    "lion": ("inner", {"kind": "lion"}, Inner, lambda m, n, r: m * r + n * r + 1),
+    "rotate": ("rotate", {}, Rotate, lambda m, n, r: m * r + 2 * n * r + 1),
+    "two_sided": ("two_sided", {}, TwoSided, lambda m, n, r: (m + n) * r + 2 * r * r + 1),
+    "adaptive_rank": ("adaptive_rank", {"energy": 0.9}, AdaptiveRank, lambda m, n, r: m * r + 2 * n * r + 1),
+    "randomized": ("randomized", {"oversample": 2}, Randomized, lambda m, n, r: m * r + 2 * n * r + 1),
+    "eight_bit": (
+        "eight_bit",
+        {"gamma": math.inf},
+        EightBit,
+        lambda m, n, r: m * r / 8 + 2 * (512 / 8 + 2) + 1,
+    ),  # blocks of 256: 2
+    "spam": (
+        "spam",
+        {"threshold": 400, "outside": 1.1, "reset": 5, "warmup": 3},
+        Spam,
+        lambda m, n, r: m * r + 2 * n * r + 2,
+    ),
+}
+
+
+@SHAPES
+@pytest.mark.parametrize("case", CASES)
+def test_against_a_naive_version(case, shape):
+    file, extra, naive, numbers = CASES[case]
+    p, naive = weight(shape), naive(shape)
+    vars(naive).update(extra)
+    optimizer, W = variant(file)([p], **options(**extra)), p.detach().clone()
+    for G in gradients(shape):
+        before, W = W, W + naive.step(G)
+        train(optimizer, p, [G])
+        assert (W - before).norm() > 1e-3
+        torch.testing.assert_close(p.detach(), W, rtol=1e-8, atol=1e-8)
+        r = naive.P.shape[1]
+        assert optimizer.state[p]["projection"].shape == (8, r)
+        assert state_bytes(optimizer, p) == 8 * numbers(8, 70, r)
+
+
+@pytest.mark.parametrize("case", [*CASES, "spread", "stochastic_rounding"])
+def test_resume(case):
+    """Stopped after each step, loaded with weights_only=True into new objects: the same bits."""
+    file, extra = CASES.get(case, (case, {}))[:2]
+    dtype = torch.bfloat16 if case == "stochastic_rounding" else torch.float32
+    make = lambda ps: variant(file)([{"params": ps[:2], **options()}, {"params": ps[2:]}], **extra)
+    straight, stopped = ([weight(s, dtype) for s in ((8, 70), (70, 8), (70,))] for _ in range(2))
+    one, two = make(straight), make(stopped)
+    for G in gradients((8, 70)):
+        for ps in (straight, stopped):
+            for p, g in zip(ps, (G, G.T, G[0])):
+                p.grad = g.to(dtype).clone()
+        one.step(), two.step()
+        file_like = io.BytesIO()
+        torch.save({"optimizer": two.state_dict(), "weights": [p.data for p in stopped]}, file_like)
+        saved = torch.load(io.BytesIO(file_like.getvalue()), weights_only=True)
+        stopped = [nn.Parameter(w) for w in saved["weights"]]
+        two = make(stopped)
+        two.load_state_dict(saved["optimizer"])
+    assert all(torch.equal(p, q) for p, q in zip(straight, stopped))
+
+
+def test_inner_which_phi_is_trivial():
+    G, p, q = gradients((8, 70)), weight((8, 70)), weight((8, 70))
+    sgd = variant("inner")([p], kind="momentum", betas=(0.0, 0.9), **options(alpha=1.0, gamma=None))
+    W = train(torch.optim.SGD([q], lr=0.02), q, G)
+    torch.testing.assert_close(train(sgd, p, G), W, rtol=0, atol=1e-7)  # φ has 1e-8 below its bar
+    lion = variant("inner")([p], kind="lion", **options())
+    train(lion, p, G)
+    torch.testing.assert_close(
+        lion.seen[p]["phi"] * lion.seen[p]["R"], torch.full((70,), 2.0).double(), rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize("energy, r", [(0.5, 1), (0.9, 3), (0.99, 5), (1.0, 7)])  # 7 is the cap
+def test_adaptive_rank_keeps_the_share(energy, r):
+    p = weight((8, 70))
+    optimizer = variant("adaptive_rank")([p], energy=energy, **options(rank=7))
+    train(optimizer, p, [matrix([4, 3, 2, 1, 0.5, 0.25, 1e-6, 1e-6], p.shape)])
+    assert optimizer.state[p]["projection"].shape == (8, r)
+    if r > 2:
+        with pytest.raises(ValueError, match="must have"):
+            variant("adaptive_rank")([p], **options(rank=2)).load_state_dict(optimizer.state_dict())
 
 
 def test_randomized_energy():
-    """At a flat tail of the spectrum, the share of the exact energy that P holds."""
-    G = spectrum([1 / (j + 1) ** 0.5 for j in range(60)], (60, 90))
-    exact = torch.linalg.svdvals(G)[:16].square().sum()
-    share = []
+    """A flat spectrum, the worst case: the share of the exact energy that P holds."""
+    G = matrix([1 / (j + 1) ** 0.5 for j in range(60)], (60, 90))
+    exact, share = torch.linalg.svdvals(G)[:16].square().sum(), []
     for iterations in (1, 2, 4):
         optimizer = variant("randomized")([weight(G.shape)], iterations=iterations, **options(rank=16))
         P = optimizer.find_projection(G, None, 0, optimizer.param_groups[0])
-        torch.testing.assert_close(P.T @ P, torch.eye(16).double())
         share.append(float((P.T @ G).square().sum() / exact))
-    assert 0.85 < share[0] < share[1] < share[2] < 1 + 1e-9 and share[1] > 0.95, share
+    assert 0.85 < share[0] < share[1] < share[2] < 1 and share[1] > 0.95, share
 
 
-# spread
-
-
-class NaiveSpread(Naive):
-    turn = 0
-
-    def step(self, G):
-        global GAP
-        if self.t and self.t % GAP != self.turn:
-            t, self.t = self.t, 1  # not due
-        return super().step(G)
-
-
-def test_spread():
-    """Which matrix changes in which step; between changes it is Fira."""
-    shapes = [(8, 20), (20, 8), (8, 20), (9, 20), (8, 8)]
-    ps = [weight(shape) for shape in shapes]
-    optimizer = variant("spread")(ps, **options(update_proj_gap=10))
-    changed, choose = [], Fira.find_projection
-
-    def find(G, P, step, group):
-        changed.append(step)
-        return choose(optimizer, G, P, step, group)
-
-    optimizer.find_projection = find
-    log = []
-    grads = [gradients(shape, 25, i) for i, shape in enumerate(shapes)]
-    for step in range(25):
-        for p, g in zip(ps, grads):
-            p.grad = g[step].clone()
+def test_spread_one_matrix_after_the_other():
+    shapes = [(8, 70), (70, 8), (8, 60)]
+    ps, naives = [weight(shape) for shape in shapes], [Naive(shape) for shape in shapes]
+    optimizer, Ws = variant("spread")(ps, **options()), [p.detach().clone() for p in ps]
+    for G in zip(*(gradients(shape) for shape in shapes)):
+        for i, p in enumerate(ps):
+            p.grad, naives[i].turn = G[i], i * GAP // 3
+            Ws[i] += naives[i].step(G[i])
         optimizer.step()
-        log.append(len(changed))
-    assert [b - a for a, b in zip([0] + log, log)] == [5] + [0, 1] * 12  # one each second step, none twice
-    assert sorted(changed) == sorted([0] * 5 + list(range(2, 25, 2)))
-    resumes(variant("spread"), (8, 20))
+        torch.testing.assert_close(list(ps), Ws, rtol=1e-8, atol=1e-8)
+
+
+def test_eight_bit_moments_neither_vanish_nor_drift():
+    """N stays near Adam's for hundreds of steps, where entries differ a thousandfold and then shrink."""
+    shape, Ns = (8, 512), {}
+    sizes = torch.logspace(-3, 0, 512)
+    for name, cls in (("8", variant("eight_bit")), ("32", Fira)):
+        p = weight(shape, torch.float32)
+        optimizer, generator = cls([p], **options()), torch.Generator().manual_seed(0)
+        state = optimizer.new_state(p, optimizer.param_groups[0])
+        for t in range(1200):
+            R = torch.randn(RANK, 512, generator=generator) * (sizes if t < 400 else sizes.flip(0))
+            state["step"] += 1
+            Ns[name] = optimizer.inner(R, state, optimizer.param_groups[0])[0]
+            assert Ns[name].abs().max() < 8  # Adam's own bound is 7.3
+            assert (state["exp_avg_sq"] > 0).all()
+    assert 0.95 < Ns["8"].norm() / Ns["32"].norm() < 1.1 and torch.dist(Ns["8"], Ns["32"]) < 0.3 * Ns["32"].norm()
+
+
+def test_spam_against_a_spike():
+    """A gradient 10,000 times too large at step 20: the step it makes, and the last ones of the 40 after it."""
+    grads, moved = gradients((8, 70), 60), {}
+    for where in ("nowhere", "inside", "outside"):
+        for name, cls, gamma in (("spam", variant("spam"), 1.01), ("no limiter", Fira, None), ("limiter", Fira, 1.01)):
+            p = weight((8, 70))
+            optimizer = cls([p], **options(update_proj_gap=100, gamma=gamma))
+            start, P = train(optimizer, p, grads[:20]), optimizer.state[p]["projection"]
+            rest = grads[20] - P @ P.T @ grads[20]
+            spike = grads[20] + 1e4 * {"nowhere": 0, "inside": grads[20] - rest, "outside": rest}[where]
+            then, late = train(optimizer, p, [spike]), train(optimizer, p, grads[21:50])
+            moved[where, name] = (
+                float(torch.dist(start, then)),
+                float(torch.dist(late, train(optimizer, p, grads[50:]))),
+            )
+    calm = moved["nowhere", "no limiter"]
+    assert moved["nowhere", "spam"] == pytest.approx(calm, rel=0.01)
+    assert moved["outside", "no limiter"][0] > 1000 * calm[0]
+    assert moved["inside", "limiter"][1] < calm[1] / 20  # the limiter does not help here: V remembers
+    for where in ("inside", "outside"):
+        assert moved[where, "spam"][0] < 5 * calm[0] and moved[where, "spam"][1] > calm[1] / 2, moved
+
+
+@SHAPES
+def test_stochastic_rounding(shape):
+    """Each step of a bfloat16 weight ends on one of the two neighbours of the exact result, which it is on average."""
+    p, naive, off = weight(shape, torch.bfloat16), Naive(shape), []
+    optimizer = variant("stochastic_rounding")([p], **options(lr=0.001, gamma=None))
+    naive.lr, naive.gamma, naive.change = (
+        0.001,
+        math.inf,
+        lambda P: setattr(naive, "P", P.bfloat16().double()),
+    )  # P has the weight's type
+    for G in gradients(shape, 30):
+        exact = p.detach().double() + naive.step(G.bfloat16())
+        after = train(optimizer, p, [G]).double()
+        gap = 2.0 ** (torch.maximum(exact.abs(), after.abs()).log2().floor() - 7)  # to the next bfloat16
+        off.append((after - exact) / gap)
+    off = torch.cat(off)
+    assert 0.9 < off.abs().max() < 1.01
+    assert off.mean().abs() < 4 * off.std() / off.numel() ** 0.5 and 0.2 < off.std() < 0.5
+    assert optimizer.state[p]["step"] == 30 and optimizer.seen[p] and len(optimizer.state) == 1
+
+
+def test_stochastic_rounding_loses_no_small_updates():
+    """200 steps of 1e-4 from 1, where bfloat16s are 0.004 apart; without a rank."""
+    mean = {}
+    for name, cls in (("by chance", variant("stochastic_rounding")), ("to the nearest", Fira)):
+        ps = [nn.Parameter(torch.ones(10_000, dtype=torch.bfloat16)) for _ in range(2)]
+        optimizer = cls(ps, lr=1e-4)
+        for _ in range(200):
+            for p in ps:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        mean[name] = ps[0].double().mean().item()
+    assert mean["to the nearest"] == 1 and mean["by chance"] == pytest.approx(0.98, abs=5e-4)
+    assert cls is Fira or not torch.equal(*ps)

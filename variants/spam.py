@@ -1,60 +1,57 @@
 """Spike-aware clipping and momentum reset, instead of the norm-growth limiter.
 
-Source: SPAM (Huang et al., arXiv:2501.06842): single entries of a gradient can be a thousand times their usual size, and
-Adam remembers them. It clips what is far above its own past, and forgets M and V from time to time. Inside the subspace
-that is SPAM itself, entry by entry; V̂ is V with its bias corrected:
+Source: SPAM (Huang et al., arXiv:2501.06842): entries of a gradient can be a thousand times their usual size, and Adam
+remembers them in V for a thousand steps. SPAM cuts what is far above its own past, and forgets M and V from time to
+time. Inside the subspace this is SPAM itself, entry by entry:
 
-    R_ij ← sign(R_ij) √(θ V̂_ij)   where R_ij² > θ V̂_ij             θ = 5000: 70 times the usual size
-    every `reset` steps   M, V ← 0, and c_t rises again from 0 to its full size over `warmup` steps, as a half cosine
+    R_ij ← sign(R_ij) √(θ V_ij)   where R_ij² > θ V_ij > 0          θ = `threshold`
+    every `reset` steps:   M, V ← 0, and the step size rises from 0 to its full height in `warmup` steps, a half cosine
 
-Outside there is no V to compare with, and none of that size may be kept. So a column is clipped as a whole, before it is
-projected, against the mean square of its own norm (v has n numbers):
+Outside nothing of that size may be kept. Nor can columns of the gradient be cut: φ = ‖N‖/‖R‖ rises as R falls, and S
+stays as it was. So ‖S‖ is cut, where the limiter did it, at a multiple of the root of its own mean square v:
 
-    G_i ← G_i √(θ v̂_i) / ‖G_i‖   where ‖G_i‖² > θ v̂_i;   v ← β₂ v + (1 − β₂) ‖G_i‖²
+    S ← S · min(1, √(θ_S v̂) / ‖S‖),   v ← β₂ v + (1 − β₂) ‖S‖²,   v̂ = v / (1 − β₂ᵗ),   θ_S = `outside`
 
-The limiter bounds how fast ‖S‖ may grow by any cause, 1 % a step; this cuts only what is out of all proportion.
+The limiter bounds any growth of ‖S‖ to 1 % a step; this lets it grow freely below five times its usual size.
 
-Costs: n numbers a matrix, one more pass over the gradient, and `p.grad` is changed in place where it is clipped. Only
-the matrices with a rank are watched. SPAM's sparse momentum is not here: the subspace is this one's saving.
+Costs: one number a matrix, and work on R. Only matrices with a rank are watched. SPAM's sparse momentum is left out:
+here the subspace is what saves memory.
 """
 
 import math
 
 import torch
 
-from fira import Fira, column_norms, oriented
+from fira import Fira
 
 
 class Spam(Fira):
-    def __init__(self, params, *args, threshold: float = 5000.0, reset: int = 500, warmup: int = 150, **options):
-        if not threshold > 0 or reset < 1 or warmup < 1:
-            raise ValueError(f"threshold={threshold}, reset={reset} and warmup={warmup} must be above 0")
+    def __init__(self, params, *args, threshold=5000.0, outside=25.0, reset=500, warmup=150, **options):
+        mine = {"threshold": threshold, "outside": outside, "reset": reset, "warmup": warmup}
+        if bad := [name for name, x in mine.items() if not x > 0]:
+            raise ValueError(f"{bad[0]}={mine[bad[0]]!r} must be above 0")
         super().__init__(params, *args, **options)
-        self.defaults |= {"threshold": threshold, "reset": reset, "warmup": warmup}  # attributes: lost by a deepcopy
+        self.defaults |= mine  # attributes would be lost by a deepcopy
 
     def new_state(self, p, group):
         state = super().new_state(p, group)
-        return state if group["rank"] is None else state | {"column_sq": torch.zeros_like(state["exp_avg"][0])}
-
-    def update_matrix(self, p, group):
-        G, state, beta2 = oriented(p.grad, group["proj_type"]), self.state[p], group["betas"][1]
-        sq, v = column_norms(G).square(), state["column_sq"]
-        allowed = self.clipped(sq, v, 1 - beta2 ** state["step"])
-        G.mul_((allowed / sq.clamp_min(1e-38)).sqrt().to(G.dtype))
-        v.lerp_(allowed, 1 - beta2)
-        super().update_matrix(p, group | {"gamma": None})
+        return state | {"S_sq": torch.zeros_like(state["prev_norm"])} if "prev_norm" in state else state
 
     def inner(self, R, state, group):
-        since = (state["step"] - 1) % self.defaults["reset"]  # steps since the last reset
+        M, V, since = state["exp_avg"], state["exp_avg_sq"], (state["step"] - 1) % self.defaults["reset"]
         if since == 0:
-            state["exp_avg"].zero_(), state["exp_avg_sq"].zero_()
-        allowed = self.clipped(R.square(), state["exp_avg_sq"], 1 - group["betas"][1] ** since)
-        N, c_t = super().inner(R.sign() * allowed.sqrt(), state | {"step": since + 1}, group)
-        rising = since < state["step"] - 1 and since < self.defaults["warmup"]  # not at the start of training
-        return N, c_t * (math.sin(math.pi / 2 * (since + 1) / self.defaults["warmup"]) ** 2 if rising else 1.0)
+            M.zero_()
+            V.zero_()
+        limit = (V * self.defaults["threshold"]).sqrt().where(V > 0, math.inf)
+        N, c_t = super().inner(R.clamp(-limit, limit), state | {"step": since + 1}, group)
+        if since < min(self.defaults["warmup"], state["step"] - 1):  # not at the start of training
+            c_t *= (1 - math.cos(math.pi * (since + 1) / self.defaults["warmup"])) / 2
+        return N, c_t
 
-    def clipped(self, sq, mean_sq, correction):
-        """Squares, cut at θ times their mean. Where there is no past, correction 0 or a mean of 0, nothing is cut."""
-        return torch.where(
-            mean_sq > 0, torch.minimum(sq, mean_sq * (self.defaults["threshold"] / max(correction, 1e-38))), sq
-        )
+    def update_matrix(self, p, group):
+        state, beta2, steps = self.state[p], group["betas"][1], self.state[p]["step"]
+        mean = state["S_sq"] / max(1 - beta2**steps, 1e-30)
+        state["prev_norm"].copy_((mean * self.defaults["outside"]).sqrt().where(mean > 0, math.inf))
+        super().update_matrix(p, group | {"gamma": 1.0})  # with γ = 1 the limiter cuts ‖S‖ at `prev_norm`
+        if "limited" in self.seen[p]:
+            state["S_sq"].lerp_(self.seen[p]["limited"].square(), 1 - beta2)
