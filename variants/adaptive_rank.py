@@ -49,6 +49,4 @@ def resize(state, r):
     rows = torch.arange(r).clamp(max=old - 1)  # the last one again for each new one
     M, V = (state[name].T[:, rows].contiguous().T for name in ("exp_avg", "exp_avg_sq"))
     M[old:] = 0
-    P = state["projection"][:, rows].contiguous()
-    P[:, old:] = 0
-    state |= {"projection": P, "exp_avg": M, "exp_avg_sq": V}
+    state |= {"projection": state["projection"][:, rows], "exp_avg": M, "exp_avg_sq": V}

@@ -5,7 +5,8 @@ Sources: 8-bit Adam (Dettmers et al., arXiv:2110.02861), which gives each block 
 
     code = ± L √(|x| / max|x|),   x = ± max|x| (code / L)²,   of an x of M (L = 127) and of √V (L = 255)
 
-- An entry of V that becomes 0 where M is not makes N explode: the code of a V above 0 is at least 1.
+- An entry of V that becomes 0 where M is not makes N explode. So the code of a √V above 0 is at least 2, as large as
+  M's code 1: (2 / 255)² = (1 / 127)², nearly.
 - β₂ = 0.999 changes √V by less than one code in a step. Rounded to nearest it stays where it is; rounded up it only
   grows, to 6 times its size in 3,000 steps. So it is up or down by chance, x on average; the step seeds the draws.
 - P needs no scale: P = code / ‖code‖, as its columns have norm 1.
@@ -42,7 +43,7 @@ class EightBit(Fira):
             x = (blocks.abs() / largest).sqrt() * torch.iinfo(state[name].dtype).max
             code, chance = x.floor(), torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
             code += chance * (2 * code + 1) < x.square() - code.square()  # code² or (code + 1)²: x² on average
-            state[name].copy_((code.clamp_min(1) * (x > 0) if name == "exp_avg_sq" else code) * blocks.sign())
+            state[name].copy_((code.clamp_min(2) * (x > 0) if name == "exp_avg_sq" else code) * blocks.sign())
         return N, c_t
 
     def change_subspace(self, state, P, group):  # the codes of the old P have its signs
