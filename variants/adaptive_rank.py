@@ -1,6 +1,6 @@
 """A rank for each matrix, chosen anew at every change: as many directions as hold a share of the gradient's energy.
 
-Source: AdaRankGrad (arXiv:2410.17881). With ‖R_j‖² the energy of direction j (σ_j² for singular vectors, largest first):
+Source: AdaRankGrad (arXiv:2410.17881). With ‖R_j‖² the energy of direction j (of singular vectors σ_j², largest first):
 
     r = the smallest number with  ‖R_1‖² + … + ‖R_r‖² ≥ energy · ‖G‖²,  at most the group's `rank`
 

@@ -7,8 +7,8 @@ Sources: 8-bit Adam (Dettmers et al., arXiv:2110.02861), which gives each block 
 
 - An entry of V that becomes 0 where M is not makes N explode. So the code of a √V above 0 is at least 2, as large as
   M's code 1: (2 / 255)² = (1 / 127)², nearly.
-- β₂ = 0.999 changes √V by less than one code in a step. Rounded to nearest it stays where it is; rounded up it only
-  grows, to 6 times its size in 3,000 steps. So it is up or down by chance, x on average; the step seeds the draws.
+- β₂ = 0.999 changes √V by less than one code in a step. Rounded up it only grows, to 6 times its size in 3,000 steps;
+  to nearest, it cannot shrink alone. So it goes up or down by chance, x on average. The step seeds the draws.
 - P needs no scale: P = code / ‖code‖, as its columns have norm 1.
 
 Costs: bytes: m r + 2 n r, and 4 for each block, instead of 4 m r + 8 n r. Work on P, M and V in each step, and a noise

@@ -1,6 +1,6 @@
 """Another optimizer inside the subspace: SGD with momentum, Adagrad, RMSProp or Lion, instead of Adam.
 
-Sources: the Fira article (arXiv:2410.01623) tries Adagrad and names RMSProp; Lion is arXiv:2302.06675. For each R = PᵀG:
+Sources: the Fira article (arXiv:2410.01623) tries Adagrad and names RMSProp; Lion is arXiv:2302.06675. With R = PᵀG:
 
     momentum   M ← β₁ M + R                          N = M
     adagrad    V ← V + R²                            N = R / (√V + ε)
@@ -9,8 +9,8 @@ Sources: the Fira article (arXiv:2410.01623) tries Adagrad and names RMSProp; Li
 
 Fira asks of them one number for each column, φ = ‖N‖/‖R‖: how much did they scale it? Two of them have little to say.
 - Plain SGD (momentum at β₁ = 0) scales nothing: φ = 1, S = G − P R, and with α = 1 and no limiter Fira is SGD. With
-  momentum, φ is near 1/(1−β₁) where a column's gradients agree from step to step and falls to 1 or below where they
-  do not; it knows nothing of their size.
+  momentum, φ is near 1/(1−β₁) where a column's gradients agree from step to step, near 1/√(1−β₁²) where they are
+  independent. That tells how steady a column is, and nothing of its size.
 - Lion makes every entry ±1: ‖N‖ = √r, so φ = √r/‖R‖ divides by this step's norm alone. S gets columns of one size, but
   no memory.
 - RMSProp and Adagrad divide by past sizes, which is what φ carries over. Adagrad's falls as 1/√t, and S with it.

@@ -5,8 +5,8 @@ Gaussian of m × (r + oversample):
 
     Q = qr(G Gᵀ Ω), as often as `iterations` says;   P = Q · the r leading left singular vectors of QᵀG
 
-It is Fira's own step of subspace iteration, begun somewhere else, so this file only makes Ω: the draws are seeded by the
-step, so that a resumed run, and each process of several, makes the same. (`torch.svd_lowrank` does the same work, but
+It is Fira's own step of subspace iteration, begun somewhere else, so this file only makes Ω. The step seeds the draws,
+so that a resumed run, and each process of several, makes the same. (`torch.svd_lowrank` does the same work, but
 draws from the global generator, in which the matrices of a change, one to a thread here, would race.)
 
 Fira's old P is the better Ω as long as the gradient's subspace moves slowly: it needs no oversampling and one product.

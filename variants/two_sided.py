@@ -6,9 +6,9 @@ left and V̄ (n×r) right singular vectors of the gradient (V̄, as V is Adam's)
     R = Uᵀ G V̄,  N = Adam(R),  W ← W − η c_t α U N V̄ᵀ
 
 This is GaLore, φ = 0, whatever `scaling` says, for Fira's φ does not carry over. It compares ‖N_i‖ and ‖R_i‖ for column
-i of the gradient, and here column i of R is no column of G: it is direction i of V̄, a mixture of all columns. One φ for
-the matrix would still be defined; but then what is outside has three parts (outside of U, of V̄, of both), and most of
-its columns were never seen by Adam at all.
+i of the gradient, and here column i of R is no column of G: it is direction i of V̄, a mixture of all columns. The
+limiter's shortcut to ‖S‖ fails too: ‖G‖² − ‖R‖² is the rest of the whole matrix, and no longer of each column. What is
+left is one φ for the matrix, out of r² numbers.
 
 V̄ needs no second decomposition: for singular vectors U, the rows of UᵀG are orthogonal, σ_j times the right ones.
 
