@@ -12,7 +12,7 @@ stays as it was. So ‖S‖ is cut, where the limiter did it, at a multiple of t
 
     S ← S · min(1, √(θ_S v̂) / ‖S‖),   v ← β₂ v + (1 − β₂) ‖S‖²,   v̂ = v / (1 − β₂ᵗ),   θ_S = `outside`
 
-The limiter bounds any growth of ‖S‖ to 1 % a step; this lets it grow freely below five times its usual size.
+The limiter bounds any growth of ‖S‖ to 1 % a step; this lets it move freely below twice its usual size.
 
 Costs: one number a matrix, and work on R. Only matrices with a rank are watched. SPAM's sparse momentum is left out:
 here the subspace is what saves memory.
@@ -26,7 +26,7 @@ from fira import Fira
 
 
 class Spam(Fira):
-    def __init__(self, params, *args, threshold=5000.0, outside=25.0, reset=500, warmup=150, **options):
+    def __init__(self, params, *args, threshold=5000.0, outside=4.0, reset=500, warmup=150, **options):
         mine = {"threshold": threshold, "outside": outside, "reset": reset, "warmup": warmup}
         if bad := [name for name, x in mine.items() if not x > 0]:
             raise ValueError(f"{bad[0]}={mine[bad[0]]!r} must be above 0")
