@@ -1,7 +1,6 @@
 """The tests of fira.py. The oracle comes first: course/naive.py, Fira by the book in float64, which shares nothing with
 the fast code. Then the subspace, what a step costs, AdamW, what one expects of a torch optimizer, errors, groups."""
 
-import ast
 import copy
 import importlib.util
 import io
@@ -40,8 +39,7 @@ FAMILY = {
     "galore_add": {"scaling": "unit", "gamma": None, "proj_method": "svd"},
     "fira_matrix": {"scaling": "matrix"},
     "fira": {},
-    "fira_paper": {"proj_method": "svd", "alpha_mode": "paper"},
-    "fira_released": {"gamma": math.inf, "alpha_mode": "released"},
+    "fira_no_limiter": {"gamma": math.inf, "proj_method": "svd"},
     "fira_only_scaling": {"only_scaling": True},
     "apollo": {"only_scaling": True, "proj_method": "random"},
     "apollo_mini": {"only_scaling": True, "proj_method": "random", "scaling": "matrix", "rank": 1},
@@ -196,9 +194,9 @@ def test_what_a_step_shows_is_what_the_names_say(scaling):
         (seen,), (state,), G, P = optimizer.seen.values(), optimizer.state.values(), gradients[t - 1], Ps[-1]
         R, N = P.T @ G, state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-8)
         phi = {"column": N.norm(dim=0) / (R.norm(dim=0) + 1e-8), "matrix": N.norm() / R.norm()}.get(scaling, 1.0)
+        phi = phi * torch.ones(30).double()
         S = (phi * (G - P @ R)).norm()
         limited = min(S, 1.01 * limited)
-        phi = phi * torch.ones(30).double()
         wanted = {"G": G.norm(dim=0), "R": R.norm(dim=0), "phi": phi, "S": S, "limited": limited}
         torch.testing.assert_close(seen, wanted, rtol=1e-6, atol=0)
         assert state["prev_norm"] == seen["limited"]
@@ -210,30 +208,19 @@ def test_what_a_step_shows_is_what_the_names_say(scaling):
 # The subspace
 
 
-@pytest.mark.parametrize("proj_type, m", [("std", 8), ("reverse_std", 20), ("left", 8), ("right", 20)])
-@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-6), (torch.float64, 1e-11)])
-@pytest.mark.parametrize("smallest", [1e-1, 1e-5])  # of the singular values, the largest being 1
-def test_svd_finds_the_leading_singular_vectors(proj_type, m, dtype, near, smallest):
-    torch.manual_seed(0)
-    U, V = (torch.linalg.qr(torch.randn(k, 8).double()).Q for k in (8, 20))
-    G = (U * torch.logspace(0, math.log10(smallest), 8).double() @ V.T).to(dtype)
-    P = run([G], rank=5, proj_type=proj_type, proj_method="svd")[2][0][0]
-    assert P.shape == (m, 5) and P.dtype == dtype
-    agreement = (P.double() * (V if m == 20 else U)[:, :5]).sum(0).abs()
-    torch.testing.assert_close(agreement, torch.ones(5).double(), rtol=0, atol=near)
-
-
+@pytest.mark.parametrize("proj_method", ["svd", "subspace"])
 @pytest.mark.parametrize("shape", [(16, 30), (30, 16)], ids=str)  # projected on the left: the short side, the long one
 @pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-6), (torch.float64, 1e-10)])
-def test_subspace_iteration_converges_to_the_singular_vectors(shape, dtype, near):
+@pytest.mark.parametrize("base", [2.0, 8.0])  # of the singular values, so the last is 3e-5 or 3e-14 of the first
+def test_the_columns_of_p_are_the_singular_vectors_or_converge_to_them(base, dtype, near, shape, proj_method):
     """Each change is one iteration, so its error falls by (σ_{r+1}/σ_r)² at every change, from any start."""
     torch.manual_seed(0)
     U, V = (torch.linalg.qr(torch.randn(k, 16).double()).Q for k in shape)
-    G = (U * 2.0 ** -torch.arange(16).double() @ V.T).to(dtype)
+    G = (U * base ** -torch.arange(16).double() @ V.T).to(dtype)
     gradients = [torch.randn(shape, dtype=dtype)] + [G] * 16
-    _, _, (Ps,) = run(gradients, rank=5, proj_type="left", update_proj_gap=1)
+    _, _, (Ps,) = run(gradients, rank=5, proj_type="left", update_proj_gap=1, proj_method=proj_method)
     errors = [1 - (P.double() * U[:, :5]).sum(0).abs().min().item() for P in Ps]
-    assert errors[0] > 0.1 and errors[-1] < near
+    assert errors[0] > 0.1 and max(errors[-1:] if proj_method == "subspace" else errors[1:]) < near
     assert all(new < old / 4 + 1e-6 for old, new in itertools.pairwise(errors[5:]))
     for P in Ps[1:]:  # as near to singular vectors as their span allows: PᵀGGᵀP is diagonal
         torch.testing.assert_close(P.T @ P, torch.eye(5, dtype=dtype), rtol=0, atol=1e-5)
@@ -246,7 +233,8 @@ def test_subspace_iteration_converges_to_the_singular_vectors(shape, dtype, near
 def test_the_whole_range_of_float32_and_a_low_rank(scale, proj_method):
     torch.manual_seed(0)
     G = scale * torch.randn(12, 3) @ torch.randn(3, 30)  # rank 3: the other two vectors are any orthonormal ones
-    _, (Ws,), (Ps,) = run([G] * 3, rank=5, proj_method=proj_method, update_proj_gap=1)
+    optimizer, (Ws,), (Ps,) = run([G] * 3, rank=5, proj_method=proj_method, update_proj_gap=1)
+    assert scale > 1 or all(x.isfinite().all() for seen in optimizer.seen.values() for x in seen.values())
     for W, P in zip(Ws, Ps):
         assert W.isfinite().all()
         torch.testing.assert_close(P.T @ P, torch.eye(5), rtol=0, atol=1e-5)
@@ -417,8 +405,8 @@ def train(model, optimizer, steps):
         optimizer.step()
 
 
-def saved_and_loaded(model, optimizer):
-    file = io.BytesIO()
+def saved_and_loaded(both):
+    (model, optimizer), file = both, io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
     saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     other = small_model(next(model.parameters()).dtype)
@@ -431,14 +419,14 @@ def saved_and_loaded(model, optimizer):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("member", MEMBERS)
-@pytest.mark.parametrize("twin", [saved_and_loaded, copy.deepcopy, lambda *x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("twin", [saved_and_loaded, copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
 def test_a_twin_goes_on_bit_for_bit(twin, member, dtype):
     model = small_model(dtype)
     groups = param_groups(model, **{"rank": 4, "update_proj_gap": 3} | MEMBERS[member])
     optimizer = Fira(groups, lr=0.01, weight_decay=0.1)
     train(model, optimizer, range(4))
     optimizer.zero_grad()  # a deepcopy has none
-    other, resumed = twin((model, optimizer)) if twin is copy.deepcopy else twin(model, optimizer)
+    other, resumed = twin((model, optimizer))
     train(model, optimizer, range(4, 9)), train(other, resumed, range(4, 9))
     assert equal(model.parameters(), other.parameters())
     assert [set(group) for group in resumed.param_groups] == [set(group) for group in optimizer.param_groups]
@@ -482,30 +470,27 @@ def test_closures_and_step_hooks():
 
 
 def test_add_param_group():
-    optimizer = Fira([nn.Parameter(torch.ones(6, 6))], rank=2)
-    extra, bad = nn.Parameter(torch.ones(6, 6)), nn.Parameter(torch.ones(6, 6))
-    optimizer.add_param_group({"params": [extra], "rank": 3, "lr": 0.1})
-    step(optimizer, None, torch.randn(6, 6))
+    optimizer, extra, bad = Fira([torch.ones(6, 6)], rank=2), torch.ones(6, 6), torch.ones(6, 6)
+    optimizer.add_param_group({"params": [extra], "rank": 3})
+    step(optimizer, None, torch.ones(6, 6))
     assert optimizer.param_groups[-1]["alpha"] == 0.25 and optimizer.state[extra]["projection"].shape == (6, 3)
-    before = extra.detach().clone()
+    before = extra.clone()
     with pytest.raises(ValueError, match="rank=-1"):  # before anything is changed
         optimizer.add_param_group({"params": [bad], "rank": -1})
-        step(optimizer, None, torch.randn(6, 6), torch.randn(6, 6))
+        step(optimizer, None, torch.ones(6, 6), torch.ones(6, 6))
     assert torch.equal(before, extra)
 
 
 @pytest.mark.parametrize("rank", [3, None])
 def test_grad_scaler_skips_a_step_that_overflowed(rank):
     p = nn.Parameter(torch.ones(8, 20))
-    optimizer, scaler = Fira([p], rank=rank, lr=0.1), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer, scaler = Fira([p], rank=rank), torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for factor, moves in ((1.0, True), (1e38, False), (1.0, True)):
         before = p.detach().clone()
         optimizer.zero_grad()
-        scaler.scale((p * torch.randn(8, 20)).sum() * factor).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        assert torch.equal(before, p) != moves
-    assert torch.isfinite(p).all()
+        scaler.scale(p.sum() * factor).backward()
+        scaler.step(optimizer), scaler.update()
+        assert torch.equal(before, p) != moves and p.isfinite().all()
 
 
 def test_a_compiled_update_equals_the_plain_one(monkeypatch):
@@ -547,15 +532,14 @@ def test_a_huge_finite_gradient_leaves_weights_finite(member, at):
     gradients = random_gradients((8, 20), 6, torch.float32)
     gradients[at] = gradients[at].sign() * 1e19
     optimizer, (Ws,), _ = run(gradients, **{"rank": 3, "update_proj_gap": 2} | MEMBERS[member])
-    assert all(W.isfinite().all() for W in Ws)
+    assert all(W.abs().max() < 100 for W in Ws)
     assert all(x.isfinite().all() for seen in optimizer.seen.values() for x in seen.values())
 
 
 def test_the_file_needs_torch_only_and_may_be_there_twice(tmp_path):
     source = (ROOT / "fira.py").read_text(encoding="utf-8")
-    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = {getattr(node, "module", None) or name.name for node in imports for name in node.names}
-    assert {name.split(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}
+    names = re.findall(r"^ *(?:import|from) (\w+)", source, flags=re.MULTILINE)
+    assert "torch" in names and set(names) <= {"torch", *sys.stdlib_module_names}
     (tmp_path / "mine.py").write_text(source, encoding="utf-8")
     gradients = random_gradients((8, 20), 2)
     assert torch.equal(end(gradients, kind=load(tmp_path / "mine.py").Fira, rank=3), end(gradients, rank=3))
@@ -629,31 +613,22 @@ def test_a_state_loads_into_another_precision_between_the_users_hooks():
 
 # Errors
 
-BAD = {
-    "lr": (-1.0, math.nan, torch.tensor([0.1, 0.2])),
-    "betas": ((0.9, 1.0), (-0.1, 0.9)),
-    "eps": (-1e-8,),
-    "weight_decay": (-1.0,),
-    "rank": (0, -3, 2.5),
-    "update_proj_gap": (0, 1.5),
-    "alpha": (0.0, math.inf, math.nan),
-    "gamma": (0.5, math.nan),
-    "scaling": ("row",),
-    "proj_type": ("up",),
-    "proj_method": ("qr",),
-    "alpha_mode": ("new",),
-}
+BAD = {"lr": (-1.0, math.nan), "betas": ((0.9, 1.0), (-0.1, 0.9)), "eps": (-1e-8,), "weight_decay": (-1.0,)}
+BAD |= {"rank": (0, -3, 2.5), "update_proj_gap": (0, 1.5), "alpha": (0.0, math.inf, math.nan), "gamma": (0.5, math.nan)}
+BAD |= {"scaling": ("row",), "proj_type": ("up",), "proj_method": ("qr",), "alpha_mode": ("new",)}
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD.items() for value in values], ids=str)
 def test_bad_options_are_refused(name, value):
-    words = {"lr": "learning rate|1-element", "betas": "beta", "eps": "epsilon", "weight_decay": "weight_decay"}
+    words = {"lr": "learning rate", "betas": "beta", "eps": "epsilon", "weight_decay": "weight_decay"}
     with pytest.raises(ValueError, match=words.get(name, re.escape(f"{name}={value!r} must be "))):
         Fira([{"params": [nn.Parameter(torch.ones(4, 8))], "rank": 2, name: value}])
 
 
 def test_what_does_not_go_together_or_is_called_otherwise_is_refused():
     p = nn.Parameter(torch.ones(4, 8))
+    with pytest.raises(ValueError, match="1-element"):
+        Fira([p], lr=torch.tensor([0.1, 0.2]))
     with pytest.raises(ValueError, match="only_scaling=True must be False where scaling is None"):
         Fira([p], rank=2, only_scaling=True, scaling=None)
     for theirs, ours in {"scale": "alpha", "scale_type": "scaling", "proj": "proj_method"}.items():  # other packages'
@@ -710,11 +685,9 @@ def names(model, groups):
     return [{found[p] for p in group["params"]} for group in groups]
 
 
-@pytest.mark.parametrize(
-    "make", [small_model, *(lambda k=k: Transformer(ModelConfig(61, 16, kind=k)) for k in ("llama", "gpt2"))]
-)
-def test_param_groups_of_a_transformer(make):
-    model = make()
+@pytest.mark.parametrize("kind", ["llama", "gpt2", None])
+def test_param_groups_of_a_transformer(kind):
+    model = Transformer(ModelConfig(61, 16, kind=kind)) if kind else small_model()
     groups, found = param_groups(model, rank=8, alpha=0.5), dict(model.named_parameters())
     matrices, others, vectors = names(model, groups)
     inside = {name for name in found if re.search(r"blocks|^[12]\.", name)}
@@ -747,9 +720,9 @@ def test_only_matrices_of_blocks_are_projected(make, matrices):
     assert all(p.dim() == 2 and p.requires_grad for p in groups[0]["params"])
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Embedding(4, 4), lambda: linear(4, 8, 2)])
-def test_models_without_matrices_to_project_are_refused(make):
-    with pytest.raises(ValueError, match="no blocks with matrices .*make groups by hand"):
-        param_groups(make(), rank=2)
-    with pytest.raises(ValueError, match="no parameter requires a gradient"):
-        param_groups(make().requires_grad_(False), rank=2)
+def test_models_without_matrices_to_project_are_refused():
+    for model in (nn.Embedding(4, 4), linear(4, 8, 2)):
+        with pytest.raises(ValueError, match="no blocks with matrices .*make groups by hand"):
+            param_groups(model, rank=2)
+        with pytest.raises(ValueError, match="no parameter requires a gradient"):
+            param_groups(model.requires_grad_(False), rank=2)
