@@ -330,7 +330,7 @@ def param_groups(model: nn.Module, rank: int | None, **options) -> list[dict]:
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = {p: None for p in trained if p.dim() == 2 and p in in_blocks and p not in in_embeddings}
     if not matrices:
-        found = "no blocks with matrices (under FSDP: use DistributedDataParallel)" if trained else "a frozen model"
+        found = "no blocks with matrices (FSDP splits them)" if trained else "no parameter requires a gradient"
         raise ValueError(f'{found}; make groups by hand: [{{"params": matrices, "rank": r}}, {{"params": others}}]')
     groups = [
         {"params": list(matrices), "rank": rank, **options},
