@@ -134,8 +134,7 @@ class Config:
         defaults = usual | (setting or {}) | {"lr": lr / 10 if self.init_from else lr, "warmup": steps // 10}
         defaults |= {"eval_interval": min(1000, max(1, steps // 8)), "name": f"{'-'.join(parts)}-seed{self.seed}"}
         defaults["precision"] = "amp" if device.startswith("cuda") else "fp32"
-        missing = {name for name, value in asdict(self).items() if value is None} & defaults.keys()
-        return replace(self, device=device, **{name: defaults[name] for name in missing})
+        return replace(self, device=device, **{k: v for k, v in defaults.items() if vars(self).get(k, 0) is None})
 
     @property
     def folder(self) -> Path:
@@ -255,6 +254,8 @@ def train(config: Config, log: list[dict], checkpoint: dict | None) -> None:
         raise InputError(f"data/{data} is shorter than --block_size {config.block_size}: use a longer text")
     if config.batch_size % WORLD:
         raise InputError(f"--batch_size {config.batch_size} must be a multiple of the {WORLD} processes")
+    if config.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(config.device)
     model, optimizer = build(config, meta["vocab_size"], checkpoint)
     start, folder = checkpoint["step"] if checkpoint else 0, config.folder
     rate = lambda done: schedule(done + 1, config)
@@ -277,9 +278,8 @@ def train(config: Config, log: list[dict], checkpoint: dict | None) -> None:
         write(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
         write(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
 
-    losses, tokens = [], batch(train_tokens, config, start + 1)
+    losses, tokens, clock = [], batch(train_tokens, config, start + 1), time.perf_counter()
     bar = tqdm(total=config.steps, initial=start, ncols=79, disable=bool(RANK) or None)
-    clock = time.perf_counter()
     for step in range(start + 1, config.steps + 1):
         # 1. The gradients of grad_accum forward and backward passes add up.
         losses.append(0.0)  # stays on the device
@@ -350,6 +350,8 @@ def describe(config: Config, meta: dict, model: Transformer, optimizer: Fira, st
     say(f"run        {config.folder}, {f'after step {start}' if start else 'from the beginning'}")
     if METHODS[config.optimizer][1] is not None and (wide or not low):
         say(f"note       {low} matrices have a subspace; {wide} are not wider than --rank {config.rank}")
+    if not importlib.util.find_spec("matplotlib"):
+        say('note       no pictures of the losses without matplotlib: pip install -e ".[plot]"')
     if config.model == "nano" and not config.init_from and config.steps < 1500:
         say("note       the learning rates are tuned for 1,500 steps: with fewer, compare with care")
 
@@ -377,11 +379,10 @@ def sample(model: Transformer, tokenizer, prompt: str, config: Config) -> str:
 def compare(names: list[str], out: str, picture: Path) -> None:
     """The table and the picture of runs, finished or not: validation losses, and training losses pale."""
     runs, logs = [read_run(name, out, {}) for name in names], {}
-    values = {k: [str(getattr(config, k)) for config, _ in runs] for k in asdict(runs[0][0]).keys() - {*CHANGEABLE}}
-    differ = [k for k in asdict(runs[0][0]) if len({*values.get(k, [])}) > 1][:2]  # the more telling are first
+    differ = [k for k in vars(runs[0][0]) if k not in CHANGEABLE and len({str(vars(c)[k]) for c, _ in runs}) > 1]
     say(f"{'':40} {'step':>6} {'val loss':>9} {'bits/byte':>10} {'ms/step':>8}")
     for config, checkpoint in runs:
-        label = ", ".join([config.name, *(f"{k} {getattr(config, k)}" for k in differ)])[-40:]
+        label = ", ".join([config.name, *(f"{k} {getattr(config, k)}" for k in differ[:2])])[-40:]
         log = logs[label] = checkpoint["log"]
         ms = np.median([entry["ms_per_step"] for entry in log])
         for e in [entry for entry in log if "val_loss" in entry][-1:]:
@@ -409,8 +410,8 @@ def say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def parse(arguments: list[str]) -> dict:
-    """The flags that were given, and only those; `Config` has their kinds, defaults and help."""
+def command() -> None:
+    """What the flags ask for; their kinds, defaults and help are those of `Config`."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     pattern = r"^    (\w+): (\w+).* = (.*)  # (.*)$"
@@ -423,14 +424,11 @@ def parse(arguments: list[str]) -> dict:
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="only show runs side by side: names or folders")
     parser.add_argument("--sample", metavar="PROMPT", help="only print what the run --name writes after PROMPT")
     parser.add_argument("--export", metavar="FOLDER", help="only write the run's model, for transformers")
-    return vars(parser.parse_args(arguments))
-
-
-def command(given: dict) -> None:
+    given = vars(parser.parse_args())
     resume, names, prompt, folder = (given.pop(name, None) for name in ("resume", "compare", "sample", "export"))
     flags = [given | {"optimizer": name} for name in given["optimizer"]] if "optimizer" in given else [given]
     configs = [Config(**given).resolve() for given in flags]
-    name, out, several, done = configs[0].name, configs[0].out, len(configs) > 1, []
+    name, out, done = configs[0].name, configs[0].out, []
     if names:
         return compare(names, out, Path(out) / "compare.png")
     if prompt is not None or folder is not None:
@@ -449,20 +447,19 @@ def command(given: dict) -> None:
         signal.signal(number, lambda number, _: STOP.append(number) or signal.signal(number, signal.SIG_DFL))
     for config, given in zip(configs, flags):
         try:
-            name = config.name + f"-{config.optimizer}" * (several and "name" in given)
             if resume:
-                config, checkpoint = read_run(name, out, given)
+                config, checkpoint = read_run(config.name, out, given)
                 train(config, checkpoint["log"], checkpoint)
             else:  # an earlier run stays as it is
-                free = (name + f"-{n}" * (n > 1) for n in itertools.count(1))
+                free = (config.name + f"-{n}" * (n > 1) for n in itertools.count(1))
                 config.name = next(name for name in free if not Path(out, name, "ckpt.pt").exists())
                 train(config, [], None)
             done.append(str(config.folder))
         except Exception as error:
-            if not several:
+            if len(configs) == 1:
                 raise
             say(f"{config.optimizer} failed: {type(error).__name__}: {error}")
-    if several and done:
+    if len(done) > 1:
         compare(done, out, Path(out) / "compare.png")
     sys.exit(len(done) < len(configs))
 
@@ -470,7 +467,7 @@ def command(given: dict) -> None:
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # not every code page has an α
     try:
-        command(parse(sys.argv[1:]))
+        command()
     except KeyboardInterrupt:
         sys.exit(128 + max(STOP, default=signal.SIGINT))
     except MENDABLE as error:
