@@ -2,40 +2,31 @@
 
     python train.py                                        # a small LLaMA with Fira: minutes on a laptop
     python train.py --optimizer fira galore adamw lora     # one after the other; a table and a picture
-    python train.py --lr 0.02 --name fast                  # a changed run, in out/fast
+    python train.py --lr 0.02 --name fast                  # a changed run, in out/fast; --resume goes on with it
     python train.py --compare fast nano-stdlib-fira-seed0  # runs side by side: a table and a picture, no training
-    python train.py --name fast --resume                   # go on from its last checkpoint, bit for bit
-    python train.py --name fast --sample "def main("       # let its last checkpoint write
-    python train.py --variant variants/rotate.py           # train with your own subclass of Fira
 
-A run writes out/NAME/: config.json, log.jsonl, ckpt.pt, and at its end result.json, sample.txt and curves.png. An earlier
-run of its name stays as it is: the new one is called NAME-2, NAME-3 and so on.
+A run writes config.json, log.jsonl, ckpt.pt, and result.json, sample.txt and curves.png at its end. It leaves an
+earlier run of its name as it is and calls itself NAME-2.
 """
 
 import argparse
-import contextlib
 import difflib
 import importlib.util
-import inspect
+import itertools
 import json
 import math
 import os
 import re
-import shlex
+import runpy
 import signal
 import sqlite3
 import sys
 import time
-import traceback
-import zipfile
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import fira
@@ -44,8 +35,8 @@ from fira import Fira, param_groups
 from model import PRESETS, ModelConfig, Transformer, add_lora, export, load_pretrained
 from prepare_data import InputError, Parser
 
-# Each method is a learning rate and a setting of `Fira`; without a setting, everything is AdamW. α of the APOLLOs is what
-# their release's `scale` comes to at the width of nano.
+# Each method is a learning rate and a setting of `Fira`; None is AdamW for everything. α of the APOLLOs is what their
+# release's `scale` comes to at the width of nano.
 APOLLO = {"only_scaling": True, "proj_method": "random", "alpha": 0.5}
 METHODS = {
     "fira": (1e-2, {}),
@@ -64,6 +55,7 @@ METHODS = {
 # What a model is trained with unless a flag says otherwise: for 60m to 7b the paper's Appendix, for gpt2 nanoGPT's
 # batch, for nano what two CPU cores do in a few minutes. "pretrained" is fine-tuning, at a tenth of the learning rate.
 PAPER = {"block_size": 256, "batch_size": 32, "grad_accum": 16, "update_proj_gap": 200, "alpha": 0.25}
+PAPER |= {"alpha_mode": "unscaled", "proj_method": "subspace", "gamma": 1.01}
 SMALL = PAPER | {"batch_size": 16, "grad_accum": 1, "update_proj_gap": 100}
 RANKS = {"9m": 32, "20m": 64, "35m": 96, "60m": 128}
 TRAINING = {size: PAPER | {"steps": 10_000, "rank": rank} for size, rank in RANKS.items()} | {
@@ -78,6 +70,7 @@ TRAINING = {size: PAPER | {"steps": 10_000, "rank": rank} for size, rank in RANK
 CHOICES = fira.CHOICES | {"optimizer": METHODS, "model": PRESETS, "precision": ("fp32", "amp", "bf16")}
 GROUP_FLAGS = ("rank", "update_proj_gap", "alpha", "alpha_mode", "proj_method", "gamma")
 CHANGEABLE = "name out steps warmup eval_interval device threads compile checkpointing temperature top_k".split()
+MENDABLE = (InputError, OSError, ValueError, FloatingPointError, MemoryError, torch.OutOfMemoryError)
 LOG_INTERVAL, EVAL_TOKENS, SAMPLE_TOKENS = 10, 2**17, 400  # steps; tokens of the validation split; tokens
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(k) or d) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 UPDATE = fira.fira_update  # which --compile compiles
@@ -123,9 +116,10 @@ class Config:
     def resolve(self) -> "Config":
         """Check the flags and fill in the defaults. Raises InputError."""
         for name, value in asdict(self).items():
-            low = 0 if isinstance(value, float) or name in ("seed", "warmup") else 1
             if value is not None and value not in CHOICES.get(name, [value]):
-                raise InputError(f"unknown {name} {value!r}: {nearest(str(value), [str(x) for x in CHOICES[name]])}")
+                near = difflib.get_close_matches(value, CHOICES[name], 1, 0)[0]
+                raise InputError(f"unknown {name} {value!r}: did you mean {near}? ({', '.join(CHOICES[name])})")
+            low = 0 if type(value) is float or name in ("seed", "warmup") else 1
             if type(value) in (int, float) and not (low <= value <= 1e9 or name == "gamma"):
                 raise InputError(f"--{name} {value} must be from {low} to 1e9")
         if self.init_from and self.model != Config.model:
@@ -137,20 +131,14 @@ class Config:
         auto = cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         device = {"auto": auto, "cuda": cuda}.get(self.device, self.device)
         parts = Path(self.init_from or self.model).name, Path(self.data).stem, Path(self.variant or self.optimizer).stem
-        defaults = {"lr": lr / 10 if self.init_from else lr, "gamma": 1.01, "proj_method": "subspace"}
-        defaults |= {"alpha_mode": "unscaled", "warmup": steps // 10, "eval_interval": min(1000, max(1, steps // 8))}
-        defaults |= {"precision": "amp" if device.startswith("cuda") else "fp32", **usual, **(setting or {})}
-        defaults |= {"name": f"{'-'.join(parts)}-seed{self.seed}"}
-        given = {name: value for name, value in asdict(self).items() if value is not None} | {"device": device}
-        return Config(**{f.name: given.get(f.name, defaults.get(f.name)) for f in fields(Config)})
+        defaults = usual | (setting or {}) | {"lr": lr / 10 if self.init_from else lr, "warmup": steps // 10}
+        defaults |= {"eval_interval": min(1000, max(1, steps // 8)), "name": f"{'-'.join(parts)}-seed{self.seed}"}
+        defaults["precision"] = "amp" if device.startswith("cuda") else "fp32"
+        return replace(self, device=device, **{k: v for k, v in defaults.items() if vars(self).get(k, 0) is None})
 
     @property
     def folder(self) -> Path:
         return Path(self.out) / self.name
-
-
-def nearest(name: str, choices) -> str:
-    return f"did you mean {(difflib.get_close_matches(name, choices, 1, 0) or [None])[0]}? ({', '.join(choices)})"
 
 
 def batch(tokens: np.ndarray, config: Config, step: int) -> torch.Tensor:
@@ -196,10 +184,8 @@ def build(config: Config, vocab_size: int, checkpoint: dict | None = None) -> tu
 
 def load_variant(path: str) -> type[Fira]:
     """The one subclass of Fira that a Python file defines. Raises InputError; what the file raises shows its place."""
-    spec = importlib.util.spec_from_file_location(f"variant_{Path(path).stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = {c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Fira) and c is not Fira}
+    classes = [c for c in runpy.run_path(path, run_name="variant").values() if isinstance(c, type)]
+    found = {c for c in classes if issubclass(c, Fira) and c.__module__ == "variant"}
     if len(found) != 1:
         raise InputError(f"--variant {path} must define one subclass of Fira, but defines {len(found)}")
     return found.pop()
@@ -207,9 +193,6 @@ def load_variant(path: str) -> type[Fira]:
 
 def inside_subspaces(seen: list[dict]) -> dict:
     """For the log, what `fira_update` returned for the projected matrices of the step at hand."""
-    seen = [figures for figures in seen if figures]
-    if not seen:
-        return {}
     G, R, phi, S, limited = (torch.cat([s[key].flatten() for s in seen]) for key in ("G", "R", "phi", "S", "limited"))
     values = R.square().sum() / G.square().sum(), phi.mean(), S.norm(), limited.norm(), (limited < S * (1 - 1e-6)).sum()
     names = ("energy_share", "mean_phi", "S_norm", "S_limited", "matrices_limited")
@@ -231,74 +214,59 @@ def evaluate(forward, tokens: np.ndarray, meta: dict, config: Config, autocast) 
     return {"val_loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits}
 
 
-def read_run(name: str, out: str) -> tuple[Config, list[dict]]:
-    """The configuration and the log of a run, finished or not, by its name or its folder. Raises InputError."""
-    folder = next((f for f in (Path(out) / name, Path(name)) if (f / "config.json").is_file()), None)
-    if folder is None:
-        there = sorted(path.parent.name for path in Path(out).glob("*/config.json"))
-        raise InputError(f"no run {name!r} in {out}: {nearest(name, there)}")
+def read_run(name: str, out: str, given: dict) -> tuple[Config, dict]:
+    """A run at its last checkpoint, by its name or folder, with flags that are given anew. Raises InputError."""
+    path = next((p for p in (Path(out, name, "ckpt.pt"), Path(name, "ckpt.pt")) if p.is_file()), None)
+    if path is None:
+        near = difflib.get_close_matches(name, [p.parent.name for p in Path(out).glob("*/ckpt.pt")], 3, 0)
+        raise InputError(f"no run {name!r} with a checkpoint in {out}; the nearest: {', '.join(near) or 'none'}")
     try:
-        config = Config(**json.loads((folder / "config.json").read_text(encoding="utf-8"))).resolve()
-        lines = (folder / "log.jsonl").read_text(encoding="utf-8").split("\n")[:-1]  # a kill leaves half a line
-        log = [entry for entry in map(json.loads, lines) if entry["step"] + entry["loss"] + entry["ms_per_step"]]
-    except (ValueError, LookupError, TypeError, AttributeError, InputError) as error:
-        raise InputError(f"{folder} is damaged, or not of this train.py ({error})") from None
-    return replace(config, out=str(folder.parent), name=folder.name), log
-
-
-def read_checkpoint(config: Config, given: dict) -> tuple[Config, list[dict], dict]:
-    """A run's configuration with what was given anew, its log and its checkpoint. Raises InputError."""
-    saved, log = read_run(config.name, config.out)
-    path = saved.folder / "ckpt.pt"
-    try:
-        if zipfile.ZipFile(path).testzip():  # torch does not check
-            raise ValueError("it has another CRC")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        log = [entry for entry in log if entry["step"] <= checkpoint["step"]]
+        config = Config(**checkpoint["config"])
     except Exception as error:  # torch raises half a dozen kinds
-        raise InputError(f"{path} is missing, damaged or not of this train.py ({first_line(error)})") from None
-    for name in given.keys() - {*CHANGEABLE}:
-        if getattr(config, name) != getattr(saved, name):
-            raise InputError(f"{saved.folder} was trained with --{name} {getattr(saved, name)}, not {given[name]}")
-    say(f"using      {saved.folder} at step {checkpoint['step']}")
-    return replace(saved, **{name: getattr(config, name) for name in given.keys() - {"name", "out"}}), log, checkpoint
+        raise InputError(f"{path} is damaged, or not of this train.py ({error})") from None
+    for flag, value in given.items():
+        if flag not in CHANGEABLE and value != getattr(config, flag):
+            raise InputError(f"{path.parent} was trained with --{flag} {getattr(config, flag)}, not {value}")
+    return replace(config, **given | {"out": str(path.parent.parent), "name": path.parent.name}).resolve(), checkpoint
 
 
-def write(path: Path, content) -> None:
+def write(path: Path, content: str | dict) -> None:
     """Text, or what torch.save takes, to a temporary file that then takes the name: whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_text(content, encoding="utf-8") if isinstance(content, str) else torch.save(content, temporary)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch has its own name for a full disk
         temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path} (is the disk full?): {first_line(error)}") from None
+        raise InputError(f"cannot write {path} (is the disk full?): {error}") from None
 
 
 def train(config: Config, log: list[dict], checkpoint: dict | None) -> None:
     """One run, from its first step or from its checkpoint on."""
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    meta, train_tokens, val_tokens = prepare_data.load(config.data)
+    data = prepare_data.ensure(config.data) if WORLD == 1 else config.data  # torchrun takes what is prepared
+    meta, train_tokens, val_tokens = prepare_data.load(data)
     tokenizer = prepare_data.get_tokenizer(meta["tokenizer"])  # now, so that none misses at the end
     if checkpoint and checkpoint["data"] != meta:
-        raise InputError(f"data/{config.data} is not what {config.folder} was trained on: prepare that again")
+        raise InputError(f"data/{data} is not what {config.folder} was trained on: prepare that again")
     if min(len(train_tokens), len(val_tokens)) <= (config.block_size or 1):
-        raise InputError(f"data/{config.data} is shorter than --block_size {config.block_size}: use a longer text")
+        raise InputError(f"data/{data} is shorter than --block_size {config.block_size}: use a longer text")
     if config.batch_size % WORLD:
         raise InputError(f"--batch_size {config.batch_size} must be a multiple of the {WORLD} processes")
+    if config.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(config.device)
     model, optimizer = build(config, meta["vocab_size"], checkpoint)
     start, folder = checkpoint["step"] if checkpoint else 0, config.folder
-    lr_schedule = LambdaLR(optimizer, lambda done: schedule(done + 1, config), last_epoch=start - 1)
+    rate = lambda done: schedule(done + 1, config)
+    lr_schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate, last_epoch=start - 1)
     autocast = torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.precision == "amp")
     for p in model.parameters():
         if config.layerwise and p.requires_grad:  # step at once: no other weight has a gradient
             p.register_post_accumulate_grad_hook(lambda p: (optimizer.step(), setattr(p, "grad", None)))
     fira.fira_update = torch.compile(UPDATE, dynamic=False) if config.compile else UPDATE
     forward = torch.compile(model) if config.compile else model
-    forward = DistributedDataParallel(forward) if WORLD > 1 else forward
+    forward = torch.nn.parallel.DistributedDataParallel(forward) if WORLD > 1 else forward
     describe(config, meta, model, optimizer, start)
     if not RANK:  # one process writes for all, and keeps others out of the folder until it ends, however it ends
         folder.mkdir(parents=True, exist_ok=True)
@@ -310,19 +278,17 @@ def train(config: Config, log: list[dict], checkpoint: dict | None) -> None:
         write(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
         write(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
 
-    losses, tokens = [], batch(train_tokens, config, start + 1)
-    form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-    bar = tqdm(total=config.steps, initial=start, bar_format=form, ncols=79, disable=bool(RANK) or None)
-    clock = time.perf_counter()
+    losses, tokens, clock = [], batch(train_tokens, config, start + 1), time.perf_counter()
+    bar = tqdm(total=config.steps, initial=start, ncols=79, disable=bool(RANK) or None)
     for step in range(start + 1, config.steps + 1):
         # 1. The gradients of grad_accum forward and backward passes add up.
         losses.append(0.0)  # stays on the device
         for i, w in enumerate(tokens[:, RANK::WORLD].to(config.device), 1):  # (batch_size / processes, block_size + 1)
-            average = WORLD == 1 or i == config.grad_accum  # the processes' gradients, once a step
-            with contextlib.nullcontext() if average else forward.no_sync():
-                with autocast:
-                    loss = forward(w[:, :-1], w[:, 1:]) / config.grad_accum
-                loss.backward()
+            if WORLD > 1:  # average over the processes once a step
+                forward.require_backward_grad_sync = i == config.grad_accum
+            with autocast:
+                loss = forward(w[:, :-1], w[:, 1:]) / config.grad_accum
+            loss.backward()
             losses[-1] += loss.detach()
         tokens = batch(train_tokens, config, step + 1)  # while the device works
 
@@ -331,7 +297,6 @@ def train(config: Config, log: list[dict], checkpoint: dict | None) -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        lr = lr_schedule.get_last_lr()[0]
         lr_schedule.step()
 
         # 3. In every tenth step the host waits for the device, and looks.
@@ -340,35 +305,36 @@ def train(config: Config, log: list[dict], checkpoint: dict | None) -> None:
             continue
         figures = torch.stack([*losses, losses[0].new_tensor(len(STOP))])
         if WORLD > 1:
-            dist.all_reduce(figures)
+            torch.distributed.all_reduce(figures)
         *losses, stopping = (figures / WORLD).tolist()
         if not math.isfinite(sum(losses)):
-            raise FloatingPointError(f"the loss is not finite in a step from {step + 1 - len(losses)} to {step}")
-        entry = {"step": step, "loss": sum(losses) / len(losses), "lr": lr}
+            raise FloatingPointError(f"the loss is not finite from step {step + 1 - len(losses)} on: try a lower --lr")
+        entry = {"step": step, "loss": sum(losses) / len(losses), "lr": config.lr * schedule(step, config)}
         entry["ms_per_step"] = 1000 * (time.perf_counter() - clock) / len(losses)
-        if not config.layerwise:
-            entry |= inside_subspaces(optimizer.seen.values())
+        if (seen := [figures for figures in optimizer.seen.values() if figures]) and not config.layerwise:
+            entry |= inside_subspaces(seen)
         bar.set_postfix_str(f"loss {entry['loss']:.3f}, {entry['ms_per_step']:.0f} ms/step", refresh=False)
         bar.update(len(losses))
         if evaluating:
+            entry["peak_bytes"] = torch.cuda.max_memory_allocated() if config.device.startswith("cuda") else None
             entry |= evaluate(forward, val_tokens, meta, config, autocast)
             say(f"step {step}: validation loss {entry['val_loss']:.4f}, {entry['bits_per_byte']:.4f} bits a byte")
         if (evaluating or stopping) and not all(p.isfinite().all() for p in model.parameters()):
-            raise FloatingPointError(f"a weight is not finite after step {step}")
+            raise FloatingPointError(f"a weight is not finite after step {step}: try a lower --lr")
         log.append(entry)
         if not RANK:
             with open(folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
             if evaluating or stopping:
-                states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                write(folder / "ckpt.pt", states | {"shape": asdict(model.config), "step": step, "data": meta})
+                states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "log": log}
+                facts = {"config": asdict(config), "shape": asdict(model.config), "data": meta}
+                write(folder / "ckpt.pt", states | facts)
         if stopping:
-            bar.close()
+            say(f"stopped and saved; go on with: python train.py --name {folder} --resume")
             raise KeyboardInterrupt
         losses, clock = [], time.perf_counter()
     bar.close()
     if not RANK:
-        lock.close()
         finish(config, model, optimizer, tokenizer, log)
 
 
@@ -382,10 +348,10 @@ def describe(config: Config, meta: dict, model: Transformer, optimizer: Fira, st
     say(f"optimizer  {config.variant or config.optimizer}, lr {config.lr:g}: {kinds}")
     say(f"device     {config.device}, {config.precision}, {torch.get_num_threads()} threads")
     say(f"run        {config.folder}, {f'after step {start}' if start else 'from the beginning'}")
-    if wide:
-        say(f"note       --rank {config.rank} is not below the width of {wide} matrices: no subspace there")
-    if not low + wide and METHODS[config.optimizer][1] is not None:
-        say("note       no group has a rank: everything is trained with AdamW")
+    if METHODS[config.optimizer][1] is not None and (wide or not low):
+        say(f"note       {low} matrices have a subspace; {wide} are not wider than --rank {config.rank}")
+    if not importlib.util.find_spec("matplotlib"):
+        say('note       no pictures of the losses without matplotlib: pip install -e ".[plot]"')
     if config.model == "nano" and not config.init_from and config.steps < 1500:
         say("note       the learning rates are tuned for 1,500 steps: with fewer, compare with care")
 
@@ -395,42 +361,32 @@ def finish(config: Config, model: Transformer, optimizer: Fira, tokenizer, log: 
     state = sum(v.nbytes for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
     result = {"optimizer": config.optimizer, "lr": config.lr, "seed": config.seed, **log[-1], "state_bytes": state}
     result["ms_per_step"] = float(np.median([entry["ms_per_step"] for entry in log]))
-    result["peak_bytes"] = torch.cuda.max_memory_allocated() if config.device.startswith("cuda") else None
     write(config.folder / "result.json", json.dumps(result, indent=2) + "\n")
-    write(config.folder / "sample.txt", text := written(model, tokenizer, "", config))
+    write(config.folder / "sample.txt", text := sample(model, tokenizer, "", config))
     say(f"sample     {'-' * 60}\n{text}\n{'-' * 71}")
     adamw = 8 * sum(p.numel() for p in model.parameters())
     say(f"state      {state / 1e6:,.1f} MB; AdamW's for all weights is {adamw / 1e6:,.1f} MB")
-    draw({config.name: log}, config.folder / "curves.png")
+    compare([str(config.folder)], config.out, config.folder / "curves.png")
 
 
-def written(model: Transformer, tokenizer, prompt: str, config: Config) -> str:
+def sample(model: Transformer, tokenizer, prompt: str, config: Config) -> str:
     """The prompt and what the model writes after it; an empty prompt starts a new document."""
     torch.manual_seed(config.seed)
     tokens = tokenizer.encode(prompt) or [tokenizer.end_of_text]
-    new = list(model.generate(tokens, SAMPLE_TOKENS, config.temperature, config.top_k))
-    return tokenizer.decode(tokens * bool(prompt) + new)
+    return prompt + tokenizer.decode(list(model.generate(tokens, SAMPLE_TOKENS, config.temperature, config.top_k)))
 
 
-def show(names: list[str], out: str) -> None:
-    """The table and the picture of runs, finished or not, with what differs between them as labels."""
-    runs = [read_run(name, out) for name in names]
-    flags = [asdict(config) for config, _ in runs]
-    differ = [k for k in flags[0] if len({str(f[k]) for f in flags}) > 1 and (k == "steps" or k not in CHANGEABLE)]
-    if "optimizer" in differ:  # what follows from it says nothing more
-        differ = [k for k in differ if k not in GROUP_FLAGS or k == "rank"]
-    labels = [", ".join(f[k] if isinstance(f[k], str) else f"{k} {f[k]}" for k in differ) for f in flags]
-    labels = labels if len({*labels}) == len(labels) else [f["name"] for f in flags]
+def compare(names: list[str], out: str, picture: Path) -> None:
+    """The table and the picture of runs, finished or not: validation losses, and training losses pale."""
+    runs, logs = [read_run(name, out, {}) for name in names], {}
+    differ = [k for k in vars(runs[0][0]) if k not in CHANGEABLE and len({str(vars(c)[k]) for c, _ in runs}) > 1]
     say(f"{'':40} {'step':>6} {'val loss':>9} {'bits/byte':>10} {'ms/step':>8}")
-    for label, (_, log) in zip(labels, runs):
+    for config, checkpoint in runs:
+        label = ", ".join([config.name, *(f"{k} {getattr(config, k)}" for k in differ[:2])])[-40:]
+        log = logs[label] = checkpoint["log"]
         ms = np.median([entry["ms_per_step"] for entry in log])
-        for entry in [entry for entry in log if "val_loss" in entry][-1:]:
-            say(f"{label[-40:]:40} {entry['step']:6} {entry['val_loss']:9.4f} {entry['bits_per_byte']:10.4f} {ms:8.1f}")
-    draw({label: log for label, (_, log) in zip(labels, runs)}, Path(out) / "compare.png")
-
-
-def draw(logs: dict[str, list[dict]], path: Path) -> None:
-    """Validation losses, and training losses pale, if there is matplotlib."""
+        for e in [entry for entry in log if "val_loss" in entry][-1:]:
+            say(f"{label:40} {e['step']:6} {e['val_loss']:9.4f} {e['bits_per_byte']:10.4f} {ms:8.1f}")
     if not importlib.util.find_spec("matplotlib"):
         return
     from matplotlib.figure import Figure
@@ -441,8 +397,8 @@ def draw(logs: dict[str, list[dict]], path: Path) -> None:
             points = [(entry["step"], entry[key]) for entry in log if key in entry]
             axes.plot(*np.reshape(points, (-1, 2)).T, color=f"C{i}", **style)
     axes.legend()
-    axes.figure.savefig(path, dpi=150)
-    say(f"wrote      {path}")
+    axes.figure.savefig(picture, dpi=150)
+    say(f"wrote      {picture}")
 
 
 def say(text: str) -> None:
@@ -454,99 +410,68 @@ def say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def explain(error: Exception) -> str:
-    """One line for what a user can mend; the traceback for the rest."""
-    line = first_line(error)
-    if isinstance(error, FloatingPointError):
-        return line + "; the last good checkpoint, if there is one, stays. Try a lower --lr"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "CPUAllocator" in line or "overflowed" in line:
-        return "out of memory: try a smaller --batch_size (with more --grad_accum), --block_size or --model"
-    return line if isinstance(error, (InputError, OSError, ValueError)) else traceback.format_exc()
-
-
-def parse(arguments: list[str]) -> dict:
-    """The flags that were given, and only those."""
+def command() -> None:
+    """What the flags ask for; their kinds, defaults and help are those of `Config`."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    helps = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.M))
-    for f in fields(Config):
-        kind = next(t for t in (bool, int, float, str) if t.__name__ in str(f.type))
-        options = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
-        options |= {"nargs": "+", "choices": METHODS} if f.name == "optimizer" else {}
-        default = "" if f.default in (None, False) else f" (default {f.default})"
-        parser.add_argument(f"--{f.name}", help=helps[f.name] + default, **options)
+    pattern = r"^    (\w+): (\w+).* = (.*)  # (.*)$"
+    for name, kind, default, text in re.findall(pattern, Path(__file__).read_text("utf-8"), re.M):
+        options = {"type": {"int": int, "float": float}.get(kind, str), "metavar": kind.upper()}
+        options |= {"nargs": "+"} if name == "optimizer" else {}
+        text += "" if default in ("None", "False") else f" (default {default})"
+        parser.add_argument(f"--{name}", help=text, **({"action": "store_true"} if kind == "bool" else options))
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the run --name")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="only show runs side by side: names or folders")
     parser.add_argument("--sample", metavar="PROMPT", help="only print what the run --name writes after PROMPT")
     parser.add_argument("--export", metavar="FOLDER", help="only write the run's model, for transformers")
-    return vars(parser.parse_args(arguments))
-
-
-def use(config: Config, given: dict, prompt: str | None, folder: str | None) -> None:
-    """--sample and --export: let a run's last checkpoint write, or write it for transformers."""
-    config, _, checkpoint = read_checkpoint(config, given)
-    name, model = checkpoint["data"]["tokenizer"], build(config, 0, checkpoint)[0]
-    tokenizer = prepare_data.get_tokenizer(name)
-    if prompt is not None:
-        say(written(model, tokenizer, prompt, config))
-    if folder is not None:
-        export(model, folder, name[3:] if name.startswith("hf:") else None, tokenizer.end_of_text)
-        say(f"wrote      {folder}")
-
-
-def command(given: dict) -> None:
+    given = vars(parser.parse_args())
     resume, names, prompt, folder = (given.pop(name, None) for name in ("resume", "compare", "sample", "export"))
-    configs = [Config(**given | {"optimizer": name}).resolve() for name in given.get("optimizer", ["fira"])]
-    if prompt is not None or folder is not None:
-        return use(configs[0], given, prompt, folder)
-    if not importlib.util.find_spec("matplotlib"):
-        say('no pictures of the losses without matplotlib: pip install -e ".[plot]"')
+    flags = [given | {"optimizer": name} for name in given["optimizer"]] if "optimizer" in given else [given]
+    configs = [Config(**given).resolve() for given in flags]
+    name, out, done = configs[0].name, configs[0].out, []
     if names:
-        return show(names, configs[0].out)
+        return compare(names, out, Path(out) / "compare.png")
+    if prompt is not None or folder is not None:
+        config, checkpoint = read_run(name, out, flags[0])
+        say(f"using      {config.folder} at step {checkpoint['step']}")
+        model, text = build(config, 0, checkpoint)[0], checkpoint["data"]["tokenizer"]
+        tokenizer = prepare_data.get_tokenizer(text)
+        if prompt is not None:
+            say(sample(model, tokenizer, prompt, config))
+        if folder is not None:
+            export(model, folder, text[3:] if text.startswith("hf:") else None, tokenizer.end_of_text)
+        return
     if WORLD > 1:
-        dist.init_process_group()
-    elif not resume:
-        given["data"] = prepare_data.ensure(configs[0].data)
+        torch.distributed.init_process_group()
     for number in (signal.SIGINT, signal.SIGTERM):  # the loop ends after the step at hand; the second one ends at once
         signal.signal(number, lambda number, _: STOP.append(number) or signal.signal(number, signal.SIG_DFL))
-    done = []
-    for config in configs:
+    for config, given in zip(configs, flags):
         try:
-            log, checkpoint, config.data = [], None, given.get("data", config.data)
-            config.name += f"-{config.optimizer}" * (len(configs) > 1 and "name" in given)
-            while (config.folder / "ckpt.pt").exists() and not resume:  # an earlier run stays as it is
-                name, _, number = config.name.rpartition("-")
-                config.name = f"{name}-{int(number) + 1}" if number.isdigit() else f"{config.name}-2"
             if resume:
-                config, log, checkpoint = read_checkpoint(config, given)
-                if checkpoint["step"] >= config.steps:
-                    raise InputError(f"{config.folder} is at its last step already: go on with more --steps")
-            train(config, log, checkpoint)
-            done.append(config.name)
+                config, checkpoint = read_run(config.name, out, given)
+                train(config, checkpoint["log"], checkpoint)
+            else:  # an earlier run stays as it is
+                free = (config.name + f"-{n}" * (n > 1) for n in itertools.count(1))
+                config.name = next(name for name in free if not Path(out, name, "ckpt.pt").exists())
+                train(config, [], None)
+            done.append(str(config.folder))
         except Exception as error:
             if len(configs) == 1:
                 raise
-            say(f"{config.optimizer} failed: {explain(error)}")
-    if len(configs) > 1 and done:
-        show(done, config.out)
+            say(f"{config.optimizer} failed: {type(error).__name__}: {error}")
+    if len(done) > 1:
+        compare(done, out, Path(out) / "compare.png")
     sys.exit(len(done) < len(configs))
 
 
 def main() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # not every code page has an α
+    sys.stdout.reconfigure(errors="replace")  # not every code page has an α
     try:
-        command(parse(sys.argv[1:]))
+        command()
     except KeyboardInterrupt:
-        go_on = shlex.join(["python", "train.py", *(argument for argument in sys.argv[1:] if argument != "--resume")])
-        say(f"stopped and saved; go on with: {go_on} --resume" if STOP else "stopped")
         sys.exit(128 + max(STOP, default=signal.SIGINT))
-    except Exception as error:
-        sys.exit(f"error: {explain(error)}")
+    except MENDABLE as error:
+        sys.exit(f"error: {(str(error).splitlines() or ['out of memory'])[0]}")
 
 
 if __name__ == "__main__":
