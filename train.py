@@ -43,6 +43,7 @@ from model import PRESETS, ModelConfig, Transformer, add_lora, export, load_pret
 from prepare_data import InputError, Parser
 
 # Each method is a learning rate and a setting of `Fira`; without a setting, everything is AdamW.
+APOLLO = {"only_scaling": True, "proj_method": "random", "alpha": None}  # its α depends on the model's width
 METHODS = {
     "fira": (1e-2, {}),
     "fira_paper": (1e-2, {"proj_method": "svd", "alpha_mode": "paper"}),  # Algorithm 1
@@ -51,8 +52,8 @@ METHODS = {
     "fira_only_scaling": (1e-2, {"only_scaling": True}),
     "galore": (1e-2, {"scaling": None, "proj_method": "svd"}),
     "galore_add": (1e-2, {"scaling": "unit", "gamma": math.inf, "proj_method": "svd"}),
-    "apollo": (1e-2, {"only_scaling": True, "proj_method": "random", "alpha": None}),
-    "apollo_mini": (1e-2, {"only_scaling": True, "proj_method": "random", "alpha": None, "scaling": "matrix", "rank": 1}),
+    "apollo": (1e-2, APOLLO),
+    "apollo_mini": (1e-2, APOLLO | {"scaling": "matrix", "rank": 1}),
     "adamw": (2e-3, None),
     "lora": (3e-3, None),
 }
@@ -73,7 +74,8 @@ TRAINING = {
     "pretrained": TINY | {"steps": 500, "rank": 16, "block_size": None, "batch_size": 8},
 }
 LOG_INTERVAL, EVAL_TOKENS = 10, 2**17  # in steps; of the validation split, the same at every evaluation
-UPDATES = fira.adam, fira.fira_update  # what --compile compiles
+SAMPLE_TOKENS = 400
+UPDATE = fira.fira_update  # which --compile compiles
 CHOICES = fira.CHOICES | {"optimizer": METHODS, "model": PRESETS, "precision": ("fp32", "amp", "bf16")}
 CHANGEABLE = "name out steps warmup eval_interval device threads compile checkpointing temperature top_k".split()
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # processes, of which this is number RANK; set by torchrun
@@ -145,6 +147,7 @@ class Config:
         name += [Path(self.variant or "").stem, f"seed{self.seed}", f"{steps}steps" * (steps < usual["steps"])]
         defaults = {"lr": lr / 10 if self.init_from else lr, "gamma": 1.01, "proj_method": "subspace"}
         defaults |= {"alpha_mode": "unscaled", "warmup": steps // 10, "eval_interval": min(1000, max(1, steps // 8))}
+        defaults["precision"] = "amp" if device[:4] == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
         defaults |= {"name": "-".join(part for part in name if part), **usual, **(setting or {})}
         given = {k: v for k, v in asdict(self).items() if v is not None}
         return replace(self, **{k: v for k, v in (defaults | given | {"device": device}).items() if hasattr(self, k)})
@@ -171,6 +174,10 @@ def batch(tokens: np.ndarray, config: Config, step: int) -> torch.Tensor:
 
 def build(config: Config, vocab_size: int, checkpoint: dict | None = None) -> tuple[Transformer, Fira]:
     """The model and its optimizer, new or as in the checkpoint. Raises InputError."""
+    try:
+        torch.zeros((), device=config.device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"device {config.device!r} is not there") from None
     torch.manual_seed(config.seed)
     cls, setting = load_variant(config.variant) if config.variant else Fira, METHODS[config.optimizer][1]
     flags = {k: getattr(config, k) for k in ("rank", "update_proj_gap", "alpha", "alpha_mode", "proj_method", "gamma")}
@@ -183,7 +190,7 @@ def build(config: Config, vocab_size: int, checkpoint: dict | None = None) -> tu
         else:
             model = Transformer(ModelConfig.preset(config.model, vocab_size, config.block_size))
         if vocab_size > model.config.vocab_size:
-            raise ValueError(f"{config.init_from} does not know all tokens of data/{config.data}: prepare it with its own")
+            raise ValueError(f"data/{config.data} has tokens that {config.init_from} has not: prepare it with its own")
         if config.optimizer == "lora":
             add_lora(model, config.rank)
         model.checkpointing = config.checkpointing
@@ -196,24 +203,27 @@ def build(config: Config, vocab_size: int, checkpoint: dict | None = None) -> tu
         if checkpoint:
             model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{f'{config.folder}/ckpt.pt does not fit: ' if checkpoint else ''}{error}") from None
+    except Exception as error:
+        if not checkpoint and not isinstance(error, ValueError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{config.folder}/ckpt.pt does not fit: {reason}" if checkpoint else reason) from None
     return model, optimizer
 
 
 def load_variant(path: str) -> type[Fira]:
     """The one subclass of Fira that a Python file defines. Raises InputError."""
-    name = f"variant_{Path(path).stem}"
     try:
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec = importlib.util.spec_from_file_location(f"variant_{Path(path).stem}", path)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except Exception as error:
         raise InputError(f"--variant {path} does not load: {type(error).__name__}: {error}") from None
-    found = {c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Fira) and c.__module__ == name}
+    here = {c for c in vars(module).values() if getattr(c, "__module__", "") == spec.name}
+    found = [c for c in here if isinstance(c, type) and issubclass(c, Fira)]
     if len(found) != 1:
         raise InputError(f"--variant {path} must define one subclass of Fira, but defines {len(found)}")
-    return found.pop()
+    return found[0]
 
 
 def schedule(step: int, config: Config) -> float:
@@ -224,23 +234,23 @@ def schedule(step: int, config: Config) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * progress)
 
 
-def subspace_figures(optimizer: Fira) -> dict:
-    """What the last step saw, over all projected matrices; empty where there are none."""
+def inside_subspaces(seen: list[dict]) -> dict:
+    """What the last step saw of the projected matrices, of what `fira_update` returned; empty where there are none."""
     keys = ("G", "R", "phi", "S", "limited")
-    seen = [s for s in optimizer.seen.values() if isinstance(s, dict) and s.keys() >= set(keys)]
+    seen = [s for s in seen if isinstance(s, dict) and s.keys() >= {*keys}]
     if not seen:
         return {}
-    G, R, phi, S, limited = (torch.cat([s[key].flatten().float() for s in seen]) for key in keys)
-    names = ("energy_share", "mean_phi", "S_norm", "S_limited", "matrices_limited")
+    G, R, phi, S, limited = (torch.cat([s[k].flatten().float() for s in seen]) for k in keys)
     values = R.square().sum() / G.square().sum(), phi.mean(), S.norm(), limited.norm(), (limited < S * (1 - 1e-6)).sum()
+    names = ("energy_share", "mean_phi", "S_norm", "S_limited", "matrices_limited")
     return dict(zip(names, torch.stack(values).tolist()))  # the host waits for the device, once
 
 
 # A run's folder
 
 
-def read_run(name: str, out: str, checkpoint: bool = False) -> tuple[Config, list[dict], dict | None]:
-    """The configuration, the log and the checkpoint of a run, by its name or its folder. Raises InputError."""
+def read_run(name: str, out: str) -> tuple[Config, list[dict]]:
+    """The configuration and the log of a run, by its name or its folder, finished or not. Raises InputError."""
     folder = next((f for f in (Path(out) / name, Path(name)) if (f / "config.json").is_file()), None)
     if folder is None:
         there = sorted(path.parent.name for path in Path(out).glob("*/config.json"))
@@ -248,15 +258,29 @@ def read_run(name: str, out: str, checkpoint: bool = False) -> tuple[Config, lis
     try:
         config = Config(**json.loads((path := folder / "config.json").read_text(encoding="utf-8"))).resolve()
         lines = (path := folder / "log.jsonl").read_text(encoding="utf-8").split("\n")[:-1]  # a kill leaves half a line
-        log = [entry for entry in map(json.loads, lines) if entry["loss"] + entry["ms_per_step"] > 0]
-        if checkpoint:
-            if zipfile.ZipFile(path := folder / "ckpt.pt").testzip():  # torch does not check
-                raise ValueError("its CRC is wrong")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            log = [entry for entry in log if entry["step"] <= checkpoint["step"]]
+        log = [entry for entry in map(json.loads, lines) if entry["step"] + entry["loss"] + entry["ms_per_step"]]
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, InputError) as error:
+        raise InputError(f"{path} is damaged, or not of this train.py ({error})") from None
+    return replace(config, out=str(folder.parent), name=folder.name), log
+
+
+def saved_run(config: Config, given: dict) -> tuple[Config, list[dict], dict]:
+    """The run of that name with its checkpoint, to go on with what was given anew. Raises InputError."""
+    saved, log = read_run(config.name, config.out)
+    path, anew = saved.folder / "ckpt.pt", {name: getattr(config, name) for name in given}
+    try:
+        if zipfile.ZipFile(path).testzip():  # torch does not check
+            raise ValueError("it has another CRC")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        log = [entry for entry in log if entry["step"] <= checkpoint["step"]]
     except Exception as error:  # torch raises half a dozen kinds
-        raise InputError(f"{path} is missing, damaged or not of this train.py ({str(error)[:100]})") from None
-    return replace(config, out=str(folder.parent), name=folder.name), log, checkpoint or None
+        reason = " ".join(str(error).split())[:100]
+        raise InputError(f"{path} is missing, damaged or not of this train.py ({reason})") from None
+    for name in anew.keys() - set(CHANGEABLE):
+        if anew[name] != getattr(saved, name):
+            raise InputError(f"{saved.folder} was trained with --{name} {getattr(saved, name)}, not {anew[name]}")
+    say(f"using      {saved.folder} at step {checkpoint['step']}")
+    return replace(saved, **anew | {"name": saved.name, "out": saved.out}), log, checkpoint
 
 
 def write(path: Path, content) -> None:
@@ -287,42 +311,36 @@ def lock(folder: Path) -> sqlite3.Connection:
 # Training
 
 
-def train(config: Config, log: list[dict] = (), checkpoint: dict | None = None) -> None:
+def train(config: Config, log: list[dict], checkpoint: dict | None) -> None:
     """One run, from its first step or from its checkpoint on. Raises InputError."""
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     meta, train_tokens, val_tokens = prepare_data.load(config.data)
     tokenizer = prepare_data.get_tokenizer(meta["tokenizer"])  # now, so that none misses at the end
-    config.precision = config.precision or ("amp" if config.device.startswith("cuda") else "fp32")
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    if config.batch_size % WORLD:
-        raise InputError(f"--batch_size {config.batch_size} must be a multiple of the {WORLD} processes")
     if checkpoint and checkpoint["data"] != meta:
         raise InputError(f"data/{config.data} is not what {config.folder} was trained on: prepare that again")
     if min(len(train_tokens), len(val_tokens)) <= (config.block_size or 1):
         raise InputError(f"data/{config.data} is shorter than --block_size {config.block_size}: use a longer text")
+    if config.batch_size % WORLD:
+        raise InputError(f"--batch_size {config.batch_size} must be a multiple of the {WORLD} processes")
     model, optimizer = build(config, meta["vocab_size"], checkpoint)
-    start, folder, log = checkpoint["step"] if checkpoint else 0, config.folder, list(log)
+    start, folder = checkpoint["step"] if checkpoint else 0, config.folder
     lr_schedule = LambdaLR(optimizer, lambda done: schedule(done + 1, config), last_epoch=start - 1)
-    autocast = torch.autocast(model.head.weight.device.type, torch.bfloat16, enabled=config.precision == "amp")
-    if config.layerwise:
-        for p in model.parameters():
-            if p.requires_grad:  # its update is due, and no other weight has a gradient
-                p.register_post_accumulate_grad_hook(lambda p: (optimizer.step(), setattr(p, "grad", None)))
-    if config.compile:
-        fira.adam, fira.fira_update = (torch.compile(f, dynamic=False) for f in UPDATES)
+    autocast = torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.precision == "amp")
+    for p in model.parameters():
+        if config.layerwise and p.requires_grad:  # step at once: no other weight has a gradient
+            p.register_post_accumulate_grad_hook(lambda p: (optimizer.step(), setattr(p, "grad", None)))
+    fira.fira_update = torch.compile(UPDATE, dynamic=False) if config.compile else UPDATE
     forward = torch.compile(model) if config.compile else model
-    if WORLD > 1:
-        forward = DistributedDataParallel(forward)
-    else:
+    forward = DistributedDataParallel(forward) if WORLD > 1 else forward
+    if not RANK:  # one process writes for all
         locked = lock(folder)
-    if not RANK:
         write(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
         write(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
     describe(config, model, optimizer, start)
 
+    losses, tokens = [], batch(train_tokens, config, start + 1)
     form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
     bar = tqdm(total=config.steps, initial=start, bar_format=form, dynamic_ncols=True, disable=True if RANK else None)
-    losses, tokens = [], batch(train_tokens, config, start + 1)
     clock = time.perf_counter()
     for step in range(start + 1, config.steps + 1):
         # 1. The gradients of grad_accum forward and backward passes add up.
@@ -345,41 +363,46 @@ def train(config: Config, log: list[dict] = (), checkpoint: dict | None = None) 
         lr_schedule.step()
 
         # 3. In every tenth step the host waits for the device, and looks.
-        evaluating = step % config.eval_interval == 0 or step == config.steps
-        if not (evaluating or step % LOG_INTERVAL == 0 or (STOP and WORLD == 1)):
+        logging, evaluating = step % LOG_INTERVAL == 0, step % config.eval_interval == 0 or step == config.steps
+        if not (logging or evaluating or STOP and WORLD == 1):
             continue
         figures = torch.stack([*losses, losses[0].new_tensor(len(STOP))])
         if WORLD > 1:
             dist.all_reduce(figures)
         *losses, stopping = (figures / WORLD).tolist()
         if not math.isfinite(sum(losses)):
-            raise FloatingPointError(f"a loss of the {len(losses)} steps up to {step} is not finite")
+            raise FloatingPointError(f"the loss is not finite in a step from {step + 1 - len(losses)} to {step}")
         ms = 1000 * (time.perf_counter() - clock) / len(losses)
         entry = {"step": step, "loss": sum(losses) / len(losses), "lr": lr, "ms_per_step": ms}
-        entry |= subspace_figures(optimizer) if step % LOG_INTERVAL == 0 else {}
+        if logging and not config.layerwise:
+            entry |= inside_subspaces(optimizer.seen.values())
+        bar.set_postfix_str(f"loss {entry['loss']:.3f}, {ms:.0f} ms/step", refresh=False)
         bar.update(len(losses))
-        bar.set_postfix_str(f"loss {entry['loss']:.3f}, {ms:.0f} ms/step")
         if evaluating:
             entry |= evaluate(forward, optimizer, val_tokens, meta, config, autocast)
-        log.append(entry)
         if (evaluating or stopping) and not all(p.isfinite().all() for p in model.parameters()):
             raise FloatingPointError(f"a weight is not finite after step {step}")
+        log.append(entry)
         if not RANK:
-            with open(folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(entry) + "\n")
-            if evaluating or stopping:
-                states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                write(folder / "ckpt.pt", states | {"shape": asdict(model.config), "step": step, "data": meta})
+            save(folder, entry, evaluating or stopping, model, optimizer, meta)
         if evaluating:
-            say(f"step {step}: {in_words(entry)}")
+            say(f"step {step}: validation loss {entry['val_loss']:.4f}, {entry['bits_per_byte']:.4f} bits a byte")
         if stopping:
             bar.close()
-            say(f"stopped and saved; go on with: python train.py {' '.join(sys.argv[1:])}" + " --resume" * (not start))
-            sys.exit(128 + max(STOP, default=signal.SIGINT))
+            raise KeyboardInterrupt
         losses, clock = [], time.perf_counter()
     bar.close()
     if not RANK:
+        locked.close()
         finish(config, model, tokenizer, log)
+
+
+def save(folder: Path, entry: dict, checkpoint: bool, model: Transformer, optimizer: Fira, meta: dict) -> None:
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(json.dumps(entry) + "\n")
+    if checkpoint:
+        states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        write(folder / "ckpt.pt", states | {"shape": asdict(model.config), "step": entry["step"], "data": meta})
 
 
 @torch.no_grad()
@@ -407,7 +430,7 @@ def describe(config: Config, model: Transformer, optimizer: Fira, start: int) ->
     low, wide = sum(0 < r < short for r, short in ranks), sum(r >= short for r, short in ranks)
     kinds = f"{low} matrices at rank {config.rank}, " * bool(low) + f"{len(ranks) - low - wide} others AdamW"
     n = sum(p.numel() for p in model.parameters())
-    say(f"model      {config.init_from or config.model} on {config.data}: {n:,} parameters, context {config.block_size}")
+    say(f"model      {config.init_from or config.model}: {n:,} parameters, context {config.block_size}")
     say(f"optimizer  {config.optimizer}, lr {config.lr:g}: {kinds}")
     say(f"device     {config.device}, {config.precision}, {torch.get_num_threads()} threads")
     say(f"run        {config.folder}, {f'after step {start}' if start else 'from the beginning'}")
@@ -422,27 +445,18 @@ def describe(config: Config, model: Transformer, optimizer: Fira, start: int) ->
 def finish(config: Config, model: Transformer, tokenizer, log: list[dict]) -> None:
     """The result, a sample and the picture of a run that is at its end."""
     write(config.folder / "result.json", json.dumps({"optimizer": config.optimizer, **log[-1]}, indent=2) + "\n")
-    say(f"done       {in_words(log[-1])}")
-    adamw = 8 * sum(p.numel() for p in model.parameters())
-    say(f"state      {mega(log[-1]['state_bytes'])}; AdamW's for all weights is {mega(adamw)}")
     write(config.folder / "sample.txt", text := written(model, tokenizer, "", config))
     say(f"sample     {'-' * 60}\n{text}\n{'-' * 71}")
-    draw({config.folder.name: log}, config.folder / "curves.png")
-
-
-def in_words(entry: dict) -> str:
-    return f"val loss {entry['val_loss']:.4f}, perplexity {entry['perplexity']:.2f}, {entry['bits_per_byte']:.4f} bits/byte"
-
-
-def mega(n: float | None) -> str:
-    return "-" if n is None else f"{n / 1e6:,.1f} MB"
+    adamw = 8 * sum(p.numel() for p in model.parameters())
+    say(f"state      {log[-1]['state_bytes'] / 1e6:,.1f} MB; AdamW's for all weights is {adamw / 1e6:,.1f} MB")
+    draw({config.name: log}, config.folder / "curves.png")
 
 
 def written(model: Transformer, tokenizer, prompt: str, config: Config) -> str:
     """The prompt and what the model writes after it; an empty prompt starts a new document."""
     torch.manual_seed(config.seed)
     tokens = tokenizer.encode(prompt) or [tokenizer.end_of_text]
-    return prompt + tokenizer.decode(list(model.generate(tokens, 400, config.temperature, config.top_k)))
+    return prompt + tokenizer.decode(list(model.generate(tokens, SAMPLE_TOKENS, config.temperature, config.top_k)))
 
 
 # Comparing runs
@@ -450,39 +464,39 @@ def written(model: Transformer, tokenizer, prompt: str, config: Config) -> str:
 
 def show(names: list[str], out: str, path: Path) -> None:
     """The table and the picture of runs, finished or not, with what differs between them as labels."""
-    configs, logs, _ = zip(*(read_run(name, out) for name in names))
+    configs, logs = zip(*(read_run(name, out) for name in names))
     flags = [asdict(config) for config in configs]
     differ = [k for k in flags[0] if len({str(f[k]) for f in flags}) > 1 and (k == "steps" or k not in CHANGEABLE)]
     if "optimizer" in differ:  # what follows from it says nothing more
         differ = [k for k in differ if k not in ("alpha", "alpha_mode", "proj_method", "gamma")]
     labels = [", ".join(f[k] if isinstance(f[k], str) else f"{k} {f[k]}" for k in differ) for f in flags]
     labels = labels if len(set(labels)) == len(labels) else [f["name"] for f in flags]
-    say(f"\n{'':22} {'step':>6} {'val loss':>9} {'bits/byte':>9} {'state':>10} {'ms/step':>8} {'peak':>9}")
+    say(f"{'':24} {'step':>6} {'val loss':>9} {'bits/byte':>9} {'state MB':>8} {'ms/step':>8} {'peak MB':>8}")
     for label, log in zip(labels, logs):
-        ms = np.median([entry["ms_per_step"] for entry in log] or math.nan)
-        row = "no evaluation yet"
-        for e in log:
-            if "val_loss" in e:  # the last one counts
-                row = f"{e['step']:6} {e['val_loss']:9.4f} {e['bits_per_byte']:9.4f} {mega(e['state_bytes']):>10} {ms:8.1f}"
-                row += f" {mega(e['peak_bytes']):>9}"
-        say(f"{label:22}" + ("\n" + 22 * " ") * (len(label) > 22) + f" {row}")
+        say(label) if len(label) > 24 else None
+        row = f"{label * (len(label) <= 24):24}"
+        if evaluated := [entry for entry in log if "val_loss" in entry]:
+            e, ms = evaluated[-1], np.median([entry["ms_per_step"] for entry in log])
+            row += f" {e['step']:6} {e['val_loss']:9.4f} {e['bits_per_byte']:9.4f} {e['state_bytes'] / 1e6:8.1f}"
+            row += f" {ms:8.1f} " + (f"{e['peak_bytes'] / 1e6:8.0f}" if e["peak_bytes"] else 7 * " " + "-")
+        say(row)
     draw(dict(zip(labels, logs)), path)
 
 
 def draw(logs: dict[str, list[dict]], path: Path) -> None:
     """Validation losses, and training losses pale."""
-    if not importlib.util.find_spec("matplotlib"):
-        return
-    from matplotlib.figure import Figure
+    if importlib.util.find_spec("matplotlib"):
+        from matplotlib.figure import Figure
 
-    axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).add_subplot(xlabel="step", ylabel="loss, nats a token")
-    for i, (label, log) in enumerate(logs.items()):
-        seen = [entry for entry in log if "val_loss" in entry]
-        axes.plot([e["step"] for e in log], [e["loss"] for e in log], color=f"C{i}", alpha=0.3)
-        axes.plot([e["step"] for e in seen], [e["val_loss"] for e in seen], ".-", color=f"C{i}", label=label)
-    axes.legend(title="validation (pale: training)")
-    figure.savefig(path, dpi=150)
-    say(f"wrote      {path}")
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.add_subplot(xlabel="step", ylabel="loss, nats a token (pale: training)")
+        for i, (label, log) in enumerate(logs.items()):
+            for key, style in ("loss", {"alpha": 0.3}), ("val_loss", {"marker": ".", "label": label}):
+                points = [(entry["step"], entry[key]) for entry in log if key in entry]
+                axes.plot(*np.reshape(points, (-1, 2)).T, color=f"C{i}", **style)
+        axes.legend()
+        figure.savefig(path, dpi=150)
+        say(f"wrote      {path}")
 
 
 # Command line
@@ -491,7 +505,7 @@ def draw(logs: dict[str, list[dict]], path: Path) -> None:
 def say(text: str) -> None:
     """Print above the bar; when nobody reads any more (`| head`), go on, and print to nobody."""
     try:
-        tqdm.write(text)
+        tqdm.write(text) if not RANK else None
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -502,7 +516,7 @@ def explain(error: Exception) -> str:
     line = (str(error).splitlines() or [""])[0]
     if isinstance(error, FloatingPointError):
         return f"{line}; the last good checkpoint, if there is one, stays. Try a lower --lr"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in line or "overflowed" in line:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "CPUAllocator" in line or "overflowed" in line:
         return "out of memory: try a smaller --batch_size (with more --grad_accum), --block_size or --model"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch cannot compile here: {line}; leave out --compile"
@@ -524,26 +538,66 @@ def parse(arguments: list[str]) -> dict:
     parser.add_argument("--export", metavar="FOLDER", help="only write the run's model (--name RUN) for transformers")
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
-        parser.error(f"unknown argument {unknown[0]}: {nearest(unknown[0].split('=')[0], parser._option_string_actions)}")
+        near = nearest(unknown[0].split("=")[0], parser._option_string_actions).split(" (")[0]
+        parser.error(f"unknown argument {unknown[0]}: {near}")
     return vars(given)
 
 
-def saved_run(config: Config, given: dict) -> tuple[Config, list[dict], dict]:
-    """The run of that name with its checkpoint, and what may be given anew. Raises InputError."""
-    saved, log, checkpoint = read_run(config.name, config.out, checkpoint=True)
-    for name, value in given.items():
-        if name not in CHANGEABLE and value != getattr(saved, name):
-            raise InputError(f"{saved.folder} was trained with --{name} {getattr(saved, name)}, not {value}")
-    anew = {k: v for k, v in given.items() if k in CHANGEABLE and k not in ("name", "out")}
-    say(f"using      {saved.folder} at step {checkpoint['step']}")
-    return replace(saved, **anew), log, checkpoint
+def command(given: dict) -> None:
+    resume, names, prompt, folder = (given.pop(name, None) for name in ("resume", "compare", "sample", "export"))
+    optimizers, training = dict.fromkeys(given.get("optimizer", ["fira"])), prompt is None and folder is None
+    configs, several = [Config(**given | {"optimizer": name}).resolve() for name in optimizers], len(optimizers) > 1
+    if training and not importlib.util.find_spec("matplotlib"):
+        say('there will be no pictures of the losses without matplotlib: pip install -e ".[plot]"')
+    if names:
+        return show(names, configs[0].out, Path(configs[0].out) / f"{given.get('name', 'compare')}.png")
+    if WORLD > 1:
+        if several or not training:
+            raise InputError("several processes train with one --optimizer, and do nothing else")
+        dist.init_process_group()
+        if RANK:
+            dist.barrier()  # the first process prepares the data
+    if "data" in given or training and not resume:
+        data = prepare_data.ensure(configs[0].data)
+        configs = [replace(config, data=data) for config in configs]
+    if WORLD > 1 and not RANK:
+        dist.barrier()
+    if not training:
+        return use(*saved_run(configs[0], given), prompt, folder)
+    done = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    for config in configs:
+        try:
+            if several:
+                say(f"\n=== {config.optimizer} ===")
+                config.name += f"-{config.optimizer}" * ("name" in given)
+            there = any((config.folder / file).exists() for file in ("ckpt.pt", "result.json"))
+            if there and not resume and not several:
+                raise InputError(f"{config.folder} holds a run: go on by --resume, or give this one a --name")
+            if Path(config.name).name != config.name and not resume:
+                raise InputError(f"--name {config.name!r} must be the plain name of a folder in --out")
+            config, log, checkpoint = saved_run(config, given) if resume or there else (config, [], None)
+            ended = checkpoint and checkpoint["step"] >= config.steps and (config.folder / "result.json").exists()
+            if ended and not several:
+                raise InputError(f"{config.folder} is at step {checkpoint['step']} already: go on with more --steps")
+            if not ended:
+                train(config, log, checkpoint)
+            done.append(config.name)
+        except Exception as error:
+            if not several:
+                raise
+            say(f"{config.optimizer} failed: {explain(error)}")
+    if several and done:
+        show(done, config.out, Path(config.out) / "compare.png")
+    if WORLD > 1:
+        dist.destroy_process_group()
+    sys.exit(1 if len(done) < len(configs) else 0)
 
 
-def read_only(config: Config, given: dict, prompt: str | None, folder: str | None) -> None:
-    """--sample and --export: what the run's last checkpoint writes, or the model for transformers."""
-    config, _, checkpoint = saved_run(config, given)
-    model, _ = build(config, 0, checkpoint)
-    name = checkpoint["data"]["tokenizer"]
+def use(config: Config, _, checkpoint: dict, prompt: str | None, folder: str | None) -> None:
+    """--sample and --export: let a run's last checkpoint write, or write it in Hugging Face's format."""
+    model, name = build(config, 0, checkpoint)[0], checkpoint["data"]["tokenizer"]
     tokenizer = prepare_data.get_tokenizer(name)
     if prompt is not None:
         say(written(model, tokenizer, prompt, config))
@@ -553,7 +607,7 @@ def read_only(config: Config, given: dict, prompt: str | None, folder: str | Non
 
 
 def on_signal(number, frame):
-    """Ctrl-C: the loop ends after the step at hand, and saves. The second one ends at once."""
+    """Ctrl-C: the loop saves after the step at hand and ends. The second one ends at once."""
     STOP.append(number)
     signal.signal(number, signal.SIG_DFL)
 
@@ -561,58 +615,15 @@ def on_signal(number, frame):
 def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # not every code page has an α
-    given = parse(sys.argv[1:])
     try:
-        command(given, **{name: given.pop(name, None) for name in ("resume", "compare", "sample", "export")})
+        command(parse(sys.argv[1:]))
     except KeyboardInterrupt:
-        sys.exit(130)
+        if STOP:
+            arguments = shlex.join(argument for argument in sys.argv[1:] if argument != "--resume")
+            say(f"stopped and saved; go on with: python train.py {arguments} --resume")
+        sys.exit(128 + max(STOP, default=signal.SIGINT))
     except Exception as error:
         sys.exit(f"error: {explain(error)}")
-
-
-def command(given: dict, resume: bool | None, compare: list[str] | None, sample: str | None, export: str | None):
-    optimizers, out = list(dict.fromkeys(given.pop("optimizer", ["fira"]))), given.get("out", "out")
-    if not (sample or export or importlib.util.find_spec("matplotlib")):
-        say('there will be no pictures of the losses without matplotlib: pip install -e ".[plot]"')
-    if compare:
-        return show(compare, out, Path(out) / f"{given.get('name', 'compare')}.png")
-    configs = [Config(**given, optimizer=name).resolve() for name in optimizers]
-    if sample is not None or export is not None:
-        return read_only(configs[0], given, sample, export)
-    if WORLD > 1:
-        if len(optimizers) > 1:
-            raise InputError("several processes train with one --optimizer")
-        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
-        dist.init_process_group()
-        if RANK:
-            dist.barrier()  # the first process prepares the data
-    given["data"] = prepare_data.ensure(configs[0].data)
-    if WORLD > 1 and not RANK:
-        dist.barrier()
-    done, several = [], len(configs) > 1
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    for config in configs:
-        config.data = given["data"]
-        config.name += f"-{config.optimizer}" * (several and "name" in given)
-        if several:
-            say(f"\n=== {config.optimizer} ===")
-        try:
-            there = (config.folder / "ckpt.pt").exists()
-            if not (several and (config.folder / "result.json").exists()):
-                if there and not (resume or several):
-                    raise InputError(f"{config.folder} holds a run: go on by --resume, or give this one a --name")
-                train(*saved_run(config, given) if there or resume else (config, [], None))
-            done.append(config.name)
-        except Exception as error:
-            if not several:
-                raise
-            say(f"{config.optimizer} failed: {explain(error)}")
-    if several and done:
-        show(done, out, Path(out) / "compare.png")
-    if WORLD > 1:
-        dist.destroy_process_group()
-    sys.exit(1 if len(done) < len(configs) else None)
 
 
 if __name__ == "__main__":

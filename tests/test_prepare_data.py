@@ -70,7 +70,9 @@ def built(tmp_path_factory):
     tokens = [f"<0x{i:02X}>" for i in range(256)]
     learned = Tokenizer(models.BPE())
     learned.pre_tokenizer = pre_tokenizers.Metaspace()
-    learned.train_from_iterator([line for text in corpus for line in text.split("\n")], trainers.BpeTrainer(vocab_size=500))
+    learned.train_from_iterator(
+        [line for text in corpus for line in text.split("\n")], trainers.BpeTrainer(vocab_size=500)
+    )
     learned = json.loads(learned.to_str())["model"]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(["<unk>", "<s>", "</s>", *tokens, *learned["vocab"]]))}
     merges = [tuple(merge) for merge in learned["merges"]]
@@ -337,8 +339,13 @@ def hub(workplace, monkeypatch):
         Path("hub/dataset", name).write_bytes(content)
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
-    put("roneneldan/TinyStories/TinyStoriesV2-GPT4-train.txt", b"\nOnce\n\nthere\n<|endoftext|>\nOnce <|endoftext|> x\n")
-    put("roneneldan/TinyStories/TinyStoriesV2-GPT4-valid.txt", "At last.\n<|endoftext|>\nEnd \u00e9\n<|endoftext|>\n".encode())
+    put(
+        "roneneldan/TinyStories/TinyStoriesV2-GPT4-train.txt", b"\nOnce\n\nthere\n<|endoftext|>\nOnce <|endoftext|> x\n"
+    )
+    put(
+        "roneneldan/TinyStories/TinyStoriesV2-GPT4-valid.txt",
+        "At last.\n<|endoftext|>\nEnd \u00e9\n<|endoftext|>\n".encode(),
+    )
     for i in range(2):
         shard = gzip.compress(lines_of(f"shard {i} page {j}" for j in range(15)))
         put(f"allenai/c4/en/c4-train.{i:05d}-of-01024.json.gz", shard)
@@ -348,7 +355,10 @@ def hub(workplace, monkeypatch):
 
 def test_corpora_of_the_hub(hub, monkeypatch):
     main("tinystories")
-    assert decoded("tinystories") == ["Once\n\nthere<|endoftext|>Once <|endoftext|> x", "At last.<|endoftext|>End \u00e9"]
+    assert decoded("tinystories") == [
+        "Once\n\nthere<|endoftext|>Once <|endoftext|> x",
+        "At last.<|endoftext|>End \u00e9",
+    ]
     meta, train, val = load("tinystories")
     assert (train == 256).sum() == 1 and meta["val_bytes"] == len("At last.End e") + 1
     hub.clear()
@@ -502,9 +512,22 @@ def test_a_damaged_data_set_is_refused_in_one_line(workplace):
     prepare("text.txt")
     path = Path("data/text/meta.json")
     meta = json.loads(path.read_text())
-    wrong = [{key: value} for key in meta for value in (None, [], -1, "x", {}, True) if type(value) is not type(meta[key])]
-    wrong += [{"train_tokens": meta["train_tokens"] + 1}, {"vocab_size": 50}, {"vocab_size": 0}, {"bytes_per_token": -1.0}]
-    wrong += [{"bytes_per_token": float("nan")}, {"dtype": "float64"}, {"dtype": "uint32"}, {"dtype": "O"}, {"val_bytes": 0}]
+    wrong = [
+        {key: value} for key in meta for value in (None, [], -1, "x", {}, True) if type(value) is not type(meta[key])
+    ]
+    wrong += [
+        {"train_tokens": meta["train_tokens"] + 1},
+        {"vocab_size": 50},
+        {"vocab_size": 0},
+        {"bytes_per_token": -1.0},
+    ]
+    wrong += [
+        {"bytes_per_token": float("nan")},
+        {"dtype": "float64"},
+        {"dtype": "uint32"},
+        {"dtype": "O"},
+        {"val_bytes": 0},
+    ]
     contents = [json.dumps(meta | change) for change in wrong] + ["{", "[]", "{}", "1", "[" * 99999, "\udcff"]
     contents += [json.dumps({key: value for key, value in meta.items() if key != left}) for left in meta]
     for content in contents:
