@@ -1,7 +1,7 @@
-"""The table of `experiments/paper.py`: which runs there are, and which differences between them each claim is about.
+"""The runs of `experiments/paper.py`, and the claims about their differences, which it reads from `claims.txt`.
 
-A run is a name and flags of `train.py`; words before the flags are changes of `experiments/patches.py`. Flags that decide
-a comparison are written out, so that a changed default of `train.py` changes no run.
+A run is a name and flags of `train.py`; words before the flags are changes of `experiments/patches.py`. Flags that
+decide a comparison are written out, so that a changed default of `train.py` changes no run.
 """
 
 from pathlib import Path

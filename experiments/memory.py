@@ -8,9 +8,8 @@ Counted are weights, gradients and optimizer state, in the 16-bit weights of the
 (https://arxiv.org/abs/2410.01623), with its vocabulary of 32,000. "16-bit state" takes two bytes for
 every number of the state, as the paper's column does; "ours" is what this code keeps: P in the weights'
 dtype and Adam's moments in float32, because a bfloat16 V does not decay at β₂ = 0.999.
-The rest of the difference to the paper's column: it multiplies rounded parameter counts (full-rank:
-60M × 8 bytes = 0.48 G, where this model has 58.1M), its 350m figures are in GiB, and for Fira and GaLore
-it leaves 0.12 G for all state at 60m, where the moments of embeddings and head alone take 0.13 G.
+The paper's column differs further as it multiplies rounded counts (60M × 8 bytes), has GiB at 350m, and for Fira
+and GaLore 0.12 G for all state at 60m, where the moments of embeddings and head alone take 0.13 G.
 
 --fit adds to weights, gradients and our state, all for --precision bf16, 1 GB for the CUDA context and
 what backward keeps for every token: counted with hooks on the saved tensors of models of one and two
@@ -23,9 +22,9 @@ import sys
 
 import torch
 
-from fira import param_groups, state_bytes
+from fira import oriented, param_groups
 from model import PRESETS, ModelConfig, Transformer, add_lora
-from train import TRAINING, Config, batch, build, mega, peak_bytes
+from train import TRAINING, Config, build
 
 PAPER = {  # Table 3, in G
     "AdamW": {"60m": 0.48, "130m": 1.01, "350m": 2.74, "1b": 10.40},
@@ -34,6 +33,21 @@ PAPER = {  # Table 3, in G
     "LoRA": {"60m": 0.44, "130m": 0.99, "350m": 2.12, "1b": 7.36},
 }
 MEASURED = ("adamw", "galore", "fira", "fira --layerwise", "lora")
+
+
+def state_bytes(groups: list[dict]) -> int:
+    """Bytes of the state for groups of `param_groups`. For an (m, n) matrix with a rank (m the short side) that is P
+    (m r), M and V (2 n r) and ‖S‖ (1), the paper's Table 2; for the others AdamW's 2 m n and the number of steps."""
+    total = 0
+    for group in groups:
+        for p in group["params"]:
+            moment, r = max(p.element_size(), 4), group["rank"]
+            m, n = oriented(p, "std").shape if r else (p.numel(), 1)
+            if r and r < m:
+                total += m * r * p.element_size() + (2 * n * r + 1) * moment
+            else:
+                total += 2 * m * n * moment + 4
+    return total
 
 
 def count(size: str, method: str) -> tuple[int, int, int, int]:
@@ -97,23 +111,27 @@ def fit() -> None:
 
 
 def measure(size: str, method: str, device: str) -> int:
-    """Peak bytes of three training steps on random tokens; of the whole process on a CPU."""
-    optimizer, *layerwise = method.split(" --")
-    config = Config(
-        optimizer=optimizer, model=size, precision="fp32", layerwise=bool(layerwise), grad_accum=1
-    ).resolve()
-    device = torch.device(device)
-    model, optimizer, _ = build(config, 32_000, device)
-    if config.layerwise:
-        optimizer.step_in_backward()
-    tokens = torch.randint(32_000, (100_000,)).numpy()
-    config.batch_size = 1  # the less for activations, the more is seen of the rest
-    for step in range(3):
-        windows = batch(tokens, config, step).to(device)[0]
-        model(windows[:, :-1], windows[:, 1:]).backward()
+    """Peak bytes of three training steps on random tokens, a sequence each; of the whole process on a CPU."""
+    optimizer, *layerwise = method.split(" --")  # the less for activations, the more is seen of the rest
+    model, optimizer = build(Config(optimizer=optimizer, model=size, precision="fp32", device=device).resolve(), 32_000)
+
+    def update(p):  # in which no other weight has a gradient
+        optimizer.step()
+        p.grad = None
+
+    for p in model.parameters():
+        if layerwise and p.requires_grad:
+            p.register_post_accumulate_grad_hook(update)
+    for _ in range(3):
+        tokens = torch.randint(32_000, (1, 257), device=device)
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return peak_bytes(device)
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main() -> None:
@@ -132,7 +150,7 @@ def main() -> None:
         for method in MEASURED:  # each in a process of its own
             command = [sys.executable, "-m", "experiments.memory", "--method", method, "--device", args.device]
             run = subprocess.run([*command, "--measure", args.measure], capture_output=True, text=True, check=True)
-            print(f"{method:18} {mega(int(run.stdout)):>10}")
+            print(f"{method:18} {int(run.stdout) / 1e6:8.0f} MB")
     else:
         print(f"{'G (1e9 bytes)':22} weights gradients  state: ours  16-bit   total: ours  16-bit   paper")
         for size in ("60m", "130m", "350m", "1b", "7b"):

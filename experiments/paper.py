@@ -6,9 +6,9 @@
     python -m experiments.paper all                 # every claim, in the order of their worth
     python -m experiments.paper --write             # experiments/RESULTS.md, from the stored runs
 
-Which runs there are says `claims.py`, which differences the claims are about `claims.txt`. A run is `python train.py` with
-one thread, in out/paper/; its result is kept in experiments/results/runs/, and what is there is not trained again. An
-interrupted run goes on from its last checkpoint.
+Which runs there are says `claims.py`, which differences the claims are about `claims.txt`. A run is `python train.py`
+with one thread, in out/paper/; its result is kept in experiments/results/runs/, and what is there is not trained again
+(delete a file to train it again). An interrupted run goes on from its last checkpoint.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from experiments.claims import CLAIMS, GRIDS, RUNS
 from experiments.stored import chosen, code_hash, load, summary
 
 STEPS = 1500
-MINUTES = 2.0  # of a run of 1,500 steps beside another, where none is stored yet
+MINUTES = 3.0  # of a run of 1,500 steps beside another, where none is stored yet
 
 
 def needed(name: str, seeds: list[int]) -> list[tuple[str, int]]:
@@ -111,9 +111,8 @@ def plan() -> None:
         words = [split(RUNS[run])[1] for run, _ in jobs]
         steps = sum(int(w[w.index("--steps") + 1]) if "--steps" in w else STEPS for w in words)
         later = len(claim["seeds"]) * sum(chosen(name, method) is None for method in GRIDS.get(name, {}))
-        print(
-            f"{name:12} {len(jobs):3} runs{f' and {later} of those chosen' if later else '':24} {steps * minute / 2:5.0f} min  {claim['title']}"
-        )
+        chosen_later = f"+ {later} that seed 0 chooses" if later else ""
+        print(f"{name:12} {len(jobs):3} runs {chosen_later:24} {steps * minute / 2:4.0f} min  {claim['title']}")
     print(f"{len(seen)} runs in all")
 
 

@@ -1,15 +1,46 @@
 """The claims that are not a difference of losses: spikes, the similarity of scaling factors, the variance of φ²."""
 
 import json
+import re
 import statistics
 
 import numpy as np
 
 from experiments import stored
+from experiments.claims import GRIDS, RUNS
 from experiments.similarity import reduce_seed
-from experiments.stored import load
+from experiments.stored import code_hash, load
 
 REFERENCE = "spike-lr0.002-adamw"
+
+
+def marks(used: list[dict]) -> str:
+    """† where a run is of older code, ‡ where runs are of different data."""
+    older = any(result["code"] != code_hash(RUNS.get(result["run"], "")) for result in used)
+    return " †" * older + " ‡" * (len({result["data"] for result in used}) > 1)
+
+
+def choice(claim: str, method: str) -> str:
+    """What seed 0 found in a method's grid, as a table of α (if it varies) by learning rate."""
+    runs = {run: dict(re.findall(r"(lr|alpha|adagrad)[ =](\S+)", RUNS[run])) for run in GRIDS[claim][method]}
+    values = {key: sorted({float(s[key]) for s in runs.values() if key in s}) for key in ("alpha", "adagrad", "lr")}
+    first, second = [*(key for key in values if len(values[key]) > 1), "lr", "lr"][:2]
+    found = {(float(s.get(first, 0)), float(s[second])): load(run, 0) for run, s in runs.items()}
+    done = [result for result in found.values() if result]
+    best = min(done, key=lambda result: result["val_loss"], default=None)
+    lines = [f"| {method}, seed 0: {first} \\\\ {second} | " + " | ".join(f"{v:g}" for v in values[second]) + " |"]
+    lines.append("| --- |" + " --- |" * len(values[second]))
+    for v in values[first] if first != second else [None]:
+        cells = [found.get((w if v is None else v, w)) for w in values[second]]
+        texts = [
+            "" if c is None else f"**{c['val_loss']:.4f}**" if c is best else f"{c['val_loss']:.4f}" for c in cells
+        ]
+        lines.append(f"| {'' if v is None else f'{v:g}'} | " + " | ".join(texts) + " |")
+    edges = [
+        key for key in (first, second) if best and float(runs[best["run"]][key]) in (values[key][0], values[key][-1])
+    ]
+    note = f"\nThe best is at the edge of the grid in {' and '.join(dict.fromkeys(edges))}.\n" if edges else ""
+    return "\n".join(lines) + marks(done) + "\n" + note
 
 
 def find_spikes(losses: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -45,8 +76,8 @@ def spikes(runs: list[str], seeds: list[int]) -> str:
 
 
 def variance(runs: list[str], seeds: list[int]) -> str:
-    """Var[φ²] / Var[ψ²] for columns of n entries: φ² is the mean of the entries' ψ² = 1/v, weighted by g²; v is the mean
-    of 20 squares. The proof of Theorem 2 gives 3/(n+2)."""
+    """Var[φ²] / Var[ψ²] for columns of n entries: φ² is the mean of the entries' ψ² = 1/v, weighted by g²; v is the
+    mean of 20 squares. The proof of Theorem 2 gives 3/(n+2)."""
     rng, lines = np.random.default_rng(0), ["| n | simulated | 3/(n+2) | |", "| --- | --- | --- | --- |"]
     for n in (1, 5, 10, 50, 100):
         psi_sq = 20 / rng.chisquare(20, (20_000, n))

@@ -2,13 +2,12 @@
 
 import json
 import math
-import re
 import statistics
 from pathlib import Path
 
 from experiments import stored
-from experiments.claims import CLAIMS, GRIDS, RUNS
-from experiments.reductions import REDUCTIONS
+from experiments.claims import CLAIMS, GRIDS
+from experiments.reductions import REDUCTIONS, choice, marks
 from experiments.stored import chosen, code_hash, load
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t by degrees of freedom
@@ -18,16 +17,16 @@ HEAD = """# Results: the paper's claims beside our own numbers
 
 This page is made by `python -m experiments.paper --write` from the files under `experiments/results/`; nothing here is
 typed by hand. The paper (arXiv:2410.01623) has single runs of models of 60M parameters and more on C4. Here a run is
-`python train.py` at its default size: a LLaMA of 0.9M parameters on the bytes of Python's own library, 1,500 steps, rank
-32 of 128, on CPUs. A row is the difference of the validation loss (nats a byte) of two runs, paired by seed, which
+`python train.py` at its default size: a LLaMA of 0.9M parameters on the bytes of Python's own library, 1,500 steps,
+rank 32 of 128, on CPUs. A row is the difference of the validation loss (nats a byte) of two runs, paired by seed, which
 decides the initial weights and the batches: mean ± half the 95 % interval by Student's t, and the seeds.
 
 **Expected here** is the paper's effect, as a difference of log-perplexities, times our GaLore − Fira over the paper's
 ({paper_gap:.4f}), as tokens, models and budgets differ: ours is {gap:.4f} ({source}).
 
-**Verdict.** Confirmed: the whole interval lies on the paper's side of 0. Contradicted: it lies wholly on the other side,
-or wholly below half of what is expected. Where the paper claims no difference: confirmed if the interval lies within
-±{insensitive} nats, contradicted if it lies outside. Else not decidable with these seeds.
+**Verdict.** Confirmed: the whole interval lies on the paper's side of 0. Contradicted: it lies wholly on the other
+side, or wholly below half of what is expected. Where the paper claims no difference: confirmed if the interval lies
+within ±{insensitive} nats, contradicted if it lies outside. Else not decidable with these seeds.
 """
 
 
@@ -88,12 +87,6 @@ def gap_here() -> tuple[float, str]:
     return 0.0823, "an earlier version's, as there are no runs yet"
 
 
-def marks(used: list[dict]) -> str:
-    """† where a run is of older code, ‡ where runs are of different data."""
-    older = any(result["code"] != code_hash(RUNS.get(result["run"], "")) for result in used)
-    return " †" * older + " ‡" * (len({result["data"] for result in used}) > 1)
-
-
 def row(claim: str, cells: list[str], seeds: list[int], gap: float) -> str:
     text, a, b, paper = cells
     (x, used_x), (y, used_y) = losses(claim, a, seeds), losses(claim, b, seeds)
@@ -106,29 +99,6 @@ def row(claim: str, cells: list[str], seeds: list[int], gap: float) -> str:
     means = f"{statistics.mean(x[s] for s in both):.4f}, {statistics.mean(y[s] for s in both):.4f}"
     judged = verdict(mean, half, paper, effect) if math.isfinite(mean) else "one of them diverged"
     return f"| {text} | {claimed} | {ours}{marks(used_x + used_y)} | {means} | {' '.join(map(str, both))} | {judged} |"
-
-
-def choice(claim: str, method: str) -> str:
-    """What seed 0 found in a method's grid, as a table of α (if it varies) by learning rate."""
-    runs = {run: dict(re.findall(r"(lr|alpha|adagrad)[ =](\S+)", RUNS[run])) for run in GRIDS[claim][method]}
-    values = {key: sorted({float(s[key]) for s in runs.values() if key in s}) for key in ("alpha", "adagrad", "lr")}
-    first, second = [*(key for key in values if len(values[key]) > 1), "lr", "lr"][:2]
-    found = {(float(s.get(first, 0)), float(s[second])): load(run, 0) for run, s in runs.items()}
-    done = [result for result in found.values() if result]
-    best = min(done, key=lambda result: result["val_loss"], default=None)
-    lines = [f"| {method}, seed 0: {first} \\\\ {second} | " + " | ".join(f"{v:g}" for v in values[second]) + " |"]
-    lines.append("| --- |" + " --- |" * len(values[second]))
-    for v in values[first] if first != second else [None]:
-        cells = [found.get((w if v is None else v, w)) for w in values[second]]
-        texts = [
-            "" if c is None else f"**{c['val_loss']:.4f}**" if c is best else f"{c['val_loss']:.4f}" for c in cells
-        ]
-        lines.append(f"| {'' if v is None else f'{v:g}'} | " + " | ".join(texts) + " |")
-    edges = [
-        key for key in (first, second) if best and float(runs[best["run"]][key]) in (values[key][0], values[key][-1])
-    ]
-    note = f"\nThe best is at the edge of the grid in {' and '.join(dict.fromkeys(edges))}.\n" if edges else ""
-    return "\n".join(lines) + marks(done) + "\n" + note
 
 
 def section(name: str, seeds: list[int]) -> str:

@@ -1,7 +1,6 @@
-"""The scaling factors φ of the subspace beside those of the whole gradient: the paper's Tables 1 and 10 and what they leave out.
+"""Scaling factors φ of the subspace beside the whole gradient's: the paper's Tables 1 and 10, and what they omit.
 
     python -m experiments.paper T1              # trains with the recorder, reduces, prints
-    python -m experiments.similarity            # reduces again what the recorder left in out/paper
 
 The recorder keeps, every 20th step and for each column i of each matrix, ‖R_i‖, ‖G_i‖, ‖X_i‖ with X = G − P R, and the
 norms of what Adam makes of R, of G and of X; the moments of G and X are shadows, kept beside the training and without
@@ -14,13 +13,13 @@ effect on it. φ is the quotient of the two norms. c_t is left out: it is the sa
 """
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import fira
+from experiments.coefficients import COEFFICIENTS, cosine, pearson, ranks, spearman
 
 EVERY, WARMUP, MATRICES = 20, 160, 28  # steps, steps, of the nano model
 
@@ -56,43 +55,8 @@ class Recorder:
         np.savez_compressed(path, norms=np.stack(self.rows), shapes=[self.shapes[i] for i in range(MATRICES)])
 
 
-def ranks(x: np.ndarray) -> np.ndarray:
-    """The ranks of the values along the last axis; equal ones have their mean rank."""
-    order = np.argsort(x, axis=-1, kind="stable")
-    plain = np.empty(x.shape)
-    np.put_along_axis(plain, order, np.broadcast_to(np.arange(x.shape[-1], dtype=float), x.shape), axis=-1)
-    if x.ndim == 1 and len(np.unique(x)) < len(x):
-        _, group = np.unique(x, return_inverse=True)
-        plain = (np.bincount(group, plain) / np.bincount(group))[group]
-    return plain
-
-
-def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    return pearson(ranks(x), ranks(y))
-
-
-def kendall(x: np.ndarray, y: np.ndarray) -> float:
-    """Kendall's τ_b: over all pairs, those in the same order minus those in the other, ties taken out."""
-    both = ties_x = ties_y = 0.0
-    for i in range(len(x) - 1):
-        a, b = np.sign(x[i + 1 :] - x[i]), np.sign(y[i + 1 :] - y[i])
-        both, ties_x, ties_y = both + a @ b, ties_x + a @ a, ties_y + b @ b
-    return float(both / np.sqrt(ties_x * ties_y))
-
-
-def cosine(x: np.ndarray, y: np.ndarray) -> float:
-    return float(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
-
-
-COEFFICIENTS = {"cosine": cosine, "Spearman": spearman, "Kendall": kendall, "Pearson": pearson}
-
-
 def within(x: np.ndarray, y: np.ndarray, starts: np.ndarray, shuffles: int = 0) -> np.ndarray:
-    """The mean over the matrices of Spearman's ρ over a matrix's columns; with shuffles, as many of exchanged columns."""
+    """The mean over the matrices of Spearman's ρ over its columns; with shuffles, of exchanged columns, as many."""
     rng, found = np.random.default_rng(0), []
     for a, b in zip(np.split(x, starts[1:]), np.split(y, starts[1:])):
         if shuffles:
