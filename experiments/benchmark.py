@@ -23,6 +23,8 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would print lines of its own
+
 import torch
 
 import fira
@@ -129,7 +131,6 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=3, help="subspace changes to measure (default 3)")
     parser.add_argument("--old", type=Path, metavar="FILE", help="another fira.py, in the same turns")
     logging.disable(logging.WARNING)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would print lines of its own
     print(table(**vars(parser.parse_args())))
 
 

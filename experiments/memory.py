@@ -1,8 +1,7 @@
 """Memory of training: counted for the paper's sizes, and measured in a real step.
 
-    python -m experiments.memory                     # 60m to 7b, from our own code, without allocating anything
+    python -m experiments.memory                     # 60m to 7b, counted without allocating anything
     python -m experiments.memory --measure 60m       # the peak of three training steps with each optimizer
-    python -m experiments.memory --fit               # the largest batch in 8, 12, 16 and 24 GB
 
 Counted are weights, gradients and optimizer state, in the 16-bit weights of the paper's Table 3
 (https://arxiv.org/abs/2410.01623), with its vocabulary of 32,000. "16-bit state" takes two bytes for
@@ -10,10 +9,6 @@ every number of the state, as the paper's column does; "ours" is what this code 
 dtype and Adam's moments in float32, because a bfloat16 V does not decay at β₂ = 0.999.
 The paper's column differs further as it multiplies rounded counts (60M × 8 bytes), has GiB at 350m, and for Fira
 and GaLore 0.12 G for all state at 60m, where the moments of embeddings and head alone take 0.13 G.
-
---fit adds to weights, gradients and our state, all for --precision bf16, 1 GB for the CUDA context and
-what backward keeps for every token: counted with hooks on the saved tensors of models of one and two
-layers, the rest being linear, and the gradient of the logits. It is a count, not a measurement.
 """
 
 import argparse
@@ -64,52 +59,6 @@ def count(size: str, method: str) -> tuple[int, int, int, int]:
     return sum(p.nbytes for p in model.parameters()), gradients, state_bytes(param_groups(model, low_rank)), 2 * numbers
 
 
-def kept_bytes(size: str, n_layers: int, checkpointing: bool) -> float:
-    """Bytes for each token that the forward pass of 16-bit layers of a size keeps for backward."""
-    config = ModelConfig.preset(size, 32_000, 256)
-    config.n_layers = n_layers
-    with torch.device("meta"):
-        model = Transformer(config).bfloat16()
-    model.to_empty(device="cpu")  # whatever the weights are, as much is kept
-    for x in (*model.parameters(), *model.buffers()):
-        x.data.zero_()
-    model.checkpointing = checkpointing
-    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
-    saved = {}
-
-    def pack(x):
-        if x.untyped_storage().data_ptr() not in own:
-            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    tokens = torch.zeros(1, 256, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model(tokens, tokens)
-    return sum(saved.values()) / 256
-
-
-def activation_bytes(size: str, checkpointing: bool) -> float:
-    """Bytes for each token at the start of backward: what is kept, and the gradient of the logits."""
-    one, two = (kept_bytes(size, n, checkpointing) for n in (1, 2))
-    recomputed = kept_bytes(size, 2, False) - kept_bytes(size, 1, False) if checkpointing else 0  # a block at a time
-    return one + (PRESETS[size][-1] - 1) * (two - one) + recomputed + 32_000 * (4 + 2)
-
-
-def fit() -> None:
-    memories = (8, 12, 16, 24)
-    print("largest batch of 256-token sequences in that many GB, plain / with --checkpointing; - if none fits")
-    print(f"{'':12}" + "".join(f"{memory:>14} GB" for memory in memories))
-    for size in ("60m", "130m", "350m", "1b", "7b"):
-        tokens = [256 * activation_bytes(size, checkpointing) for checkpointing in (False, True)]
-        for method in ("AdamW", "GaLore", "Fira", "Fira --layerwise"):
-            weights, gradients, state, _ = count(size, method.split()[0])
-            if "layerwise" in method:
-                gradients = 2 * 32_000 * PRESETS[size][1]  # of the largest weight, the embeddings
-            fixed = weights + gradients + state + 1e9
-            batches = [[max(0, int((memory * 1e9 - fixed) // t)) or "-" for t in tokens] for memory in memories]
-            print(f"{size:5} {method:16}" + "".join(f"{plain!s:>7} / {less!s:<5}" for plain, less in batches))
-
-
 def measure(size: str, method: str, device: str) -> int:
     """Peak bytes of three training steps on random tokens, a sequence each; of the whole process on a CPU."""
     optimizer, *layerwise = method.split(" --")  # the less for activations, the more is seen of the rest
@@ -137,14 +86,11 @@ def measure(size: str, method: str, device: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", choices=PRESETS, metavar="MODEL", help=f"one of {', '.join(PRESETS)}")
-    parser.add_argument("--fit", action="store_true", help="what fits into consumer GPUs")
     parser.add_argument("--method", choices=MEASURED, help="only this one, and only its number")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.method:
         print(measure(args.measure, args.method, args.device))
-    elif args.fit:
-        fit()
     elif args.measure:
         print(f"peak memory of training {args.measure} in float32 on {args.device}, batch 1 × block_size tokens")
         for method in MEASURED:  # each in a process of its own
