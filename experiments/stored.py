@@ -82,14 +82,15 @@ def chosen(claim: str, method: str) -> str | None:
 
 
 def summary(folder: Path) -> dict:
-    """What is kept of a finished run: its last evaluation, all evaluations, some 30 entries of the log (or all
-    where `every_step` is at work), its configuration, and what it ran on."""
+    """What is kept of a finished run: its last evaluation, all evaluations, the log (some 30 entries of it
+    for other seeds than 0), its configuration, and what it ran on."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     log = [json.loads(line) for line in lines]
     meta = prepare_data.load(config["data"])[0]
     log = [entry for entry in log if entry["step"] <= config["steps"]]
-    every = 1 if log[0]["step"] == 1 else 10 * max(1, config["steps"] // 300)
+    every = 10 if config["seed"] == 0 else 10 * max(1, config["steps"] // 300)
+    every = 1 if log[0]["step"] == 1 else every
     thinned = [entry for entry in log if entry["step"] % every == 0]
     kept = ("step", "loss", "energy_share", "mean_phi", "S_norm", "S_limited", "matrices_limited")
     last = {k: log[-1].get(k) for k in ("val_loss", "bits_per_byte", "state_bytes")}
