@@ -97,8 +97,10 @@ def main() -> None:
     for draw in drawings:
         if draw.__name__ in wanted:
             ax = draw()
-            if ax:
-                ax.get_figure().savefig(ASSETS / f"{draw.__name__}.png", dpi=110)
+            for dpi in (110, 80, 60) if ax else ():  # below 120 kB
+                ax.get_figure().savefig(path := ASSETS / f"{draw.__name__}.png", dpi=dpi)
+                if path.stat().st_size < 120_000:
+                    break
             print(f"{draw.__name__}: {'wrote' if ax else 'no runs yet for'} {ASSETS / draw.__name__}.png")
 
 

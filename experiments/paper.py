@@ -81,7 +81,7 @@ def train(run: str, seed: int) -> None:
 def campaign(jobs: list[tuple[str, int]]) -> None:
     """Train these runs, two at a time; one that fails is reported, and the others go on."""
     if any("finetune" in RUNS[run] for run, _ in jobs):
-        patches.prepare_finetuning(STEPS)
+        patches.prepare_finetuning(stored.OUT, STEPS)
     bar = tqdm(total=len(jobs), unit="run", dynamic_ncols=True)
     with ThreadPoolExecutor(2) as pool:
         futures = {pool.submit(train, *job): job for job in jobs}

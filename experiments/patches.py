@@ -15,8 +15,6 @@ import train
 from experiments.similarity import Recorder
 from fira import Fira
 
-BASE, OUT = Path("out/paper/base"), Path("out/paper")
-
 
 def every_step() -> None:
     """Log every step, not the mean of ten."""
@@ -104,24 +102,24 @@ def shrink(mu: str) -> None:
 
 def finetune() -> None:
     """From a model of Python sources to C++ headers, both prepared by `prepare_finetuning`."""
-    sys.argv += ["--init_from", str(BASE), "--data", "native"]
+    out = Path(sys.argv[sys.argv.index("--out") + 1])
+    sys.argv += ["--init_from", str(out / "base"), "--data", "native"]
 
 
-def prepare_finetuning(steps: int) -> None:
-    """An AdamW-trained model of the default data, and torch's C++ headers as another text."""
-    headers = Path(torch.__file__).parent / "include" / "ATen" / "native"
-    run = ["train.py", "--optimizer", "adamw", "--steps", str(steps), "--threads", "1", "--device", "cpu"]
-    run += ["--name", "base-run", "--out", str(OUT)]
-    commands = []
-    if not (Path("data/native/meta.json")).exists():
+def prepare_finetuning(out: Path, steps: int) -> None:
+    """An AdamW-trained model of the default data, in out/base, and some of torch's C++ headers as another text."""
+    headers, run, commands = Path(torch.__file__).parent / "include" / "ATen" / "native", out / "base-run", []
+    if not Path("data/native/meta.json").exists():
         commands.append(["prepare_data.py", str(headers), "--glob", "*.h"])
-    if not BASE.exists():
-        again = ["--resume"] if (OUT / "base-run" / "ckpt.pt").exists() else []
-        if not (OUT / "base-run" / "result.json").exists():
-            commands.append([*run, *again])
-        commands.append(["train.py", "--name", "base-run", "--out", str(OUT), "--export", str(BASE)])
+    if not (run / "result.json").exists():
+        again = ["--resume"] if (run / "ckpt.pt").exists() else ["--optimizer", "adamw", "--steps", str(steps)]
+        commands.append(
+            ["train.py", "--name", run.name, "--out", str(out), "--threads", "1", "--device", "cpu", *again]
+        )
+    if not (out / "base").exists():
+        commands.append(["train.py", "--name", run.name, "--out", str(out), "--export", str(out / "base")])
     for command in commands:
-        print(f"for fine-tuning: {' '.join(command)}")
+        print(f"for fine-tuning: python {' '.join(command)}")
         subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
 
 

@@ -89,10 +89,12 @@ def summary(folder: Path) -> dict:
     log = [json.loads(line) for line in lines]
     meta = prepare_data.load(config["data"])[0]
     log = [entry for entry in log if entry["step"] <= config["steps"]]
-    every = 10 if config["seed"] == 0 else 10 * max(1, config["steps"] // 300)
-    every = 1 if log[0]["step"] == 1 else every
+    every, kept = 10, ("step", "loss", "energy_share", "mean_phi", "S_norm", "S_limited", "matrices_limited")
+    if log[0]["step"] == 1:  # `every_step` was at work
+        every, kept = 1, ("step", "loss", "S_limited") if config["seed"] == 0 else ("step", "loss")
+    elif config["seed"]:
+        every = 10 * max(1, config["steps"] // 300)
     thinned = [entry for entry in log if entry["step"] % every == 0]
-    kept = ("step", "loss", "energy_share", "mean_phi", "S_norm", "S_limited", "matrices_limited")
     last = {k: log[-1].get(k) for k in ("val_loss", "bits_per_byte", "state_bytes")}
     return last | {
         "ms_per_step": round(statistics.median(entry["ms_per_step"] for entry in log), 2),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fira
-from experiments import claims, paper, reductions, report, similarity, stored
+from experiments import choices, claims, paper, reductions, report, similarity, stored
 from experiments.coefficients import cosine, kendall, pearson, spearman
 from experiments.memory import state_bytes
 from model import ModelConfig, Transformer
@@ -92,7 +92,7 @@ def test_the_hash_is_of_the_arithmetic_only(tmp_path, monkeypatch):
 def test_the_whole_page_and_every_picture_from_made_up_runs(results, tmp_path, monkeypatch):
     figures = {name: [2.0] * 75 for name in ("loss", "energy_share", "mean_phi", "S_norm", "S_limited")}
     figures["step"] = list(range(10, 760, 10))
-    for module in (stored, reductions):  # or 1,000 files would be parsed
+    for module in (stored, choices):  # or 1,000 files would be parsed
         monkeypatch.setattr(module, "code_hash", lambda flags="": "x")
     for run in claims.RUNS:
         for seed in range(4):
