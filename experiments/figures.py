@@ -14,6 +14,7 @@ variance    the variance of φ² by the columns' length
 
 import statistics
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,7 @@ def main() -> None:
     wanted = sys.argv[1:] or [f.__name__ for f in drawings]
     if unknown := set(wanted) - {f.__name__ for f in drawings}:
         sys.exit(f"error: no figure {', '.join(unknown)}; there are {', '.join(f.__name__ for f in drawings)}")
+    warnings.filterwarnings("ignore", "No artists with labels")  # a picture that has no runs yet
     ASSETS.mkdir(exist_ok=True)
     for draw in drawings:
         if draw.__name__ in wanted:

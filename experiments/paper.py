@@ -62,8 +62,7 @@ def train(run: str, seed: int) -> None:
         flags.append("--resume")
     elif folder.exists():  # a recorder or a generator of noise cannot go on in the middle
         shutil.rmtree(folder)
-    nice = (lambda: os.nice(10)) if hasattr(os, "nice") else None
-    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "preexec_fn": nice, "capture_output": True, "text": True}
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, *command, *flags], check=False, **options)
     line = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]
     if done.returncode and "not finite" not in line:
@@ -125,6 +124,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="only write experiments/RESULTS.md")
     parser.add_argument("--steps", type=int, default=STEPS, help=argparse.SUPPRESS)  # to try this program
     args = parser.parse_args()
+    if hasattr(os, "nice"):
+        os.nice(10)  # the runs, too, let other work go first
     if unknown := set(args.claims) - {"all", *CLAIMS}:
         sys.exit(f"error: no claim {', '.join(unknown)}; there are all, {', '.join(CLAIMS)}")
     if args.steps != STEPS:

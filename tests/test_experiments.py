@@ -24,8 +24,7 @@ def results(tmp_path, monkeypatch):
 
 def keep(run, seed, loss, **more):
     result = {"run": run, "seed": seed, "val_loss": loss, "code": stored.code_hash(claims.RUNS[run]), "data": "d"}
-    result |= {"python": "3", "torch": "2", "flags": claims.RUNS[run], "minutes": 3, "config": {"steps": 1500}}
-    result |= {"evaluations": [[750, loss + 0.3], [1500, loss]]} | more
+    result |= {"python": "3", "torch": "2", "flags": claims.RUNS[run], "evaluations": [[750, 1.5], [1500, loss]]} | more
     (stored.RESULTS / f"{run}-seed{seed}.json").write_text(json.dumps(result))
 
 
@@ -71,7 +70,7 @@ def test_seed_0_chooses_and_runs_of_older_code_are_marked(results):
     keep(best, 1, 1.5)
     keep("adamw", 1, 1.2, code="older")
     page = report.section("F12", [1])
-    assert "| +0.3000 † |" in page and "**1.0000**" in page and not paper.needed("F12", [1])
+    assert "| +0.3000 † |" in page and page.count("†") == 1 and "**1.0000**" in page and not paper.needed("F12", [1])
 
 
 def test_the_hash_is_of_the_arithmetic_only(tmp_path, monkeypatch):
@@ -84,14 +83,16 @@ def test_the_hash_is_of_the_arithmetic_only(tmp_path, monkeypatch):
         return stored.code_hash()
 
     before = hash_of()
-    assert hash_of(lambda text: "# a comment\n" + text.replace("(n,)", "(the columns,)")) == before
-    assert hash_of(lambda text: text.replace('"""One step on one matrix', '"""A step of a matrix')) == before
+    assert (
+        hash_of(lambda text: "# a comment\n" + text.replace('"""One step on one matrix', '"""A step of a matrix'))
+        == before
+    )
     assert hash_of(lambda text: text.replace("+ 1e-8", "+ 1e-7")) != before
 
 
 def test_the_whole_page_and_every_picture_from_made_up_runs(results, tmp_path, monkeypatch):
-    figures = {name: [2.0] * 75 for name in ("loss", "energy_share", "mean_phi", "S_norm", "S_limited")}
-    figures["step"] = list(range(10, 760, 10))
+    names = ("step", "loss", "energy_share", "mean_phi", "S_norm", "S_limited")
+    figures = dict.fromkeys(names, list(range(10, 760, 10)))
     for module in (stored, choices):  # or 1,000 files would be parsed
         monkeypatch.setattr(module, "code_hash", lambda flags="": "x")
     for run in claims.RUNS:
@@ -100,7 +101,6 @@ def test_the_whole_page_and_every_picture_from_made_up_runs(results, tmp_path, m
     report.write(tmp_path / "RESULTS.md")
     page = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
     assert all(f"## {name}: " in page for name in claims.CLAIMS) and "†" not in page.split("## fair")[1]
-    assert all(not paper.needed(name, [1, 2, 3]) for name in claims.CLAIMS)
     pytest.importorskip("matplotlib")
     from experiments import figures
 
@@ -108,8 +108,7 @@ def test_the_whole_page_and_every_picture_from_made_up_runs(results, tmp_path, m
     monkeypatch.setattr("sys.argv", ["figures"])
     figures.main()
     sizes = {path.stem: path.stat().st_size for path in tmp_path.glob("*.png")}
-    assert sizes.keys() >= {"losses", "ablations", "ranks", "subspace", "spikes", "variance"}
-    assert max(sizes.values()) < 120_000
+    assert sizes.keys() >= {"losses", "ablations", "ranks", "spikes", "variance"} and max(sizes.values()) < 120_000
 
 
 def test_spikes_are_found_above_the_other_runs_loss_on_the_same_batches():
@@ -128,18 +127,16 @@ def test_coefficients_have_the_textbooks_values():
     tied = np.array([1, 2, 2, 3.0])
     assert spearman(tied, np.array([1, 2, 3, 4.0])) == pytest.approx(0.9486833)
     assert kendall(tied, np.array([1, 2, 3, 4.0])) == pytest.approx(5 / math.sqrt(5 * 6))
-    assert pearson(x, 3 - 2 * x) == pytest.approx(-1) and cosine(x, 2 * x) == pytest.approx(1)
+    assert (pearson(x, 3 - 2 * x), cosine(x, 2 * x)) == pytest.approx((-1, 1))
 
 
 def test_similarity_of_a_run_with_itself_and_the_level_where_all_entries_have_one_size():
     rng = np.random.default_rng(0)
     R, X = rng.uniform(1, 2, (2, 12, 28 * 16))
     norms = [R, np.hypot(R, X), X, *(np.full_like(R, math.sqrt(n)) for n in (8, 32, 24))]
-    record = {"norms": np.stack(norms, 1), "shapes": np.array([[8, 32, 16]] * 28)}
-    figures = similarity.reduce(record, record)
+    figures = similarity.reduce(*2 * [{"norms": np.stack(norms, 1), "shapes": np.array([[8, 32, 16]] * 28)}])
     assert [figures[k] for k in ("column cosine", "within R, full", "matrix Kendall")] == pytest.approx([1, 1, 1])
     assert figures["level R/X"] == pytest.approx(figures["level R/X, one size"])
-    assert abs(figures["within R, full null"]) < 0.2
 
 
 @pytest.mark.parametrize("rank", [None, 16, 128])
