@@ -7,6 +7,7 @@ python -m experiments.arithmetic --variant variants/rotate.py
 import ast
 import hashlib
 import json
+import math
 import platform
 import statistics
 from importlib.metadata import version
@@ -90,14 +91,15 @@ def summary(folder: Path) -> dict:
     meta = prepare_data.load(config["data"])[0]
     log = [entry for entry in log if entry["step"] <= config["steps"]]
     every, kept = 10, ("step", "loss", "energy_share", "mean_phi", "S_norm", "S_limited", "matrices_limited")
-    if log[0]["step"] == 1:  # `every_step` was at work
+    if log and log[0]["step"] == 1:  # `every_step` was at work
         every, kept = 1, ("step", "loss", "S_limited") if config["seed"] == 0 else ("step", "loss")
     elif config["seed"]:
         every = 10 * max(1, config["steps"] // 300)
     thinned = [entry for entry in log if entry["step"] % every == 0]
-    last = {k: log[-1].get(k) for k in ("val_loss", "bits_per_byte", "state_bytes")}
+    end = log[-1] if log else {}  # empty where it diverged at once
+    last = {k: end.get(k) for k in ("val_loss", "bits_per_byte", "state_bytes")}
     return last | {
-        "ms_per_step": round(statistics.median(entry["ms_per_step"] for entry in log), 2),
+        "ms_per_step": round(statistics.median([entry["ms_per_step"] for entry in log] or [math.nan]), 2),
         "evaluations": [[entry["step"], round(entry["val_loss"], 5)] for entry in log if "val_loss" in entry],
         "log": {k: [float(f"{entry[k]:.4g}") for entry in thinned if k in entry] for k in kept},
         "config": {k: v for k, v in config.items() if k not in ("name", "out", "device", "threads")},

@@ -91,8 +91,7 @@ def test_the_hash_is_of_the_arithmetic_only(tmp_path, monkeypatch):
 
 
 def test_the_whole_page_and_every_picture_from_made_up_runs(results, tmp_path, monkeypatch):
-    names = ("step", "loss", "energy_share", "mean_phi", "S_norm", "S_limited")
-    figures = dict.fromkeys(names, list(range(10, 760, 10)))
+    figures = dict.fromkeys(("step", "loss", "energy_share", "mean_phi", "S_norm", "S_limited"), [*range(10, 760, 10)])
     for module in (stored, choices):  # or 1,000 files would be parsed
         monkeypatch.setattr(module, "code_hash", lambda flags="": "x")
     for run in claims.RUNS:
