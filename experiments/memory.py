@@ -1,20 +1,14 @@
 """Memory of training: counted for the paper's sizes, and measured in a real step.
 
-    python -m experiments.memory                     # 60m to 7b, from our own code, without allocating anything
+    python -m experiments.memory                     # 60m to 7b, counted without allocating anything
     python -m experiments.memory --measure 60m       # the peak of three training steps with each optimizer
-    python -m experiments.memory --fit               # the largest batch in 8, 12, 16 and 24 GB
 
 Counted are weights, gradients and optimizer state, in the 16-bit weights of the paper's Table 3
 (https://arxiv.org/abs/2410.01623), with its vocabulary of 32,000. "16-bit state" takes two bytes for
 every number of the state, as the paper's column does; "ours" is what this code keeps: P in the weights'
 dtype and Adam's moments in float32, because a bfloat16 V does not decay at β₂ = 0.999.
-The rest of the difference to the paper's column: it multiplies rounded parameter counts (full-rank:
-60M × 8 bytes = 0.48 G, where this model has 58.1M), its 350m figures are in GiB, and for Fira and GaLore
-it leaves 0.12 G for all state at 60m, where the moments of embeddings and head alone take 0.13 G.
-
---fit adds to weights, gradients and our state, all for --precision bf16, 1 GB for the CUDA context and
-what backward keeps for every token: counted with hooks on the saved tensors of models of one and two
-layers, the rest being linear, and the gradient of the logits. It is a count, not a measurement.
+The paper's column differs further as it multiplies rounded counts (60M × 8 bytes), has GiB at 350m, and for Fira
+and GaLore 0.12 G for all state at 60m, where the moments of embeddings and head alone take 0.13 G.
 """
 
 import argparse
@@ -23,9 +17,9 @@ import sys
 
 import torch
 
-from fira import param_groups, state_bytes
+from fira import oriented, param_groups
 from model import PRESETS, ModelConfig, Transformer, add_lora
-from train import TRAINING, Config, batch, build, mega, peak_bytes
+from train import TRAINING, Config, build
 
 PAPER = {  # Table 3, in G
     "AdamW": {"60m": 0.48, "130m": 1.01, "350m": 2.74, "1b": 10.40},
@@ -34,6 +28,21 @@ PAPER = {  # Table 3, in G
     "LoRA": {"60m": 0.44, "130m": 0.99, "350m": 2.12, "1b": 7.36},
 }
 MEASURED = ("adamw", "galore", "fira", "fira --layerwise", "lora")
+
+
+def state_bytes(groups: list[dict]) -> int:
+    """Bytes of the state for groups of `param_groups`. For an (m, n) matrix with a rank (m the short side) that is P
+    (m r), M and V (2 n r) and ‖S‖ (1), the paper's Table 2; for the others AdamW's 2 m n and the number of steps."""
+    total = 0
+    for group in groups:
+        for p in group["params"]:
+            moment, r = max(p.element_size(), 4), group["rank"]
+            m, n = oriented(p, "std").shape if r else (p.numel(), 1)
+            if r and r < m:
+                total += m * r * p.element_size() + (2 * n * r + 1) * moment
+            else:
+                total += 2 * m * n * moment + 4
+    return total
 
 
 def count(size: str, method: str) -> tuple[int, int, int, int]:
@@ -50,89 +59,44 @@ def count(size: str, method: str) -> tuple[int, int, int, int]:
     return sum(p.nbytes for p in model.parameters()), gradients, state_bytes(param_groups(model, low_rank)), 2 * numbers
 
 
-def kept_bytes(size: str, n_layers: int, checkpointing: bool) -> float:
-    """Bytes for each token that the forward pass of 16-bit layers of a size keeps for backward."""
-    config = ModelConfig.preset(size, 32_000, 256)
-    config.n_layers = n_layers
-    with torch.device("meta"):
-        model = Transformer(config).bfloat16()
-    model.to_empty(device="cpu")  # whatever the weights are, as much is kept
-    for x in (*model.parameters(), *model.buffers()):
-        x.data.zero_()
-    model.checkpointing = checkpointing
-    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
-    saved = {}
-
-    def pack(x):
-        if x.untyped_storage().data_ptr() not in own:
-            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    tokens = torch.zeros(1, 256, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model(tokens, tokens)
-    return sum(saved.values()) / 256
-
-
-def activation_bytes(size: str, checkpointing: bool) -> float:
-    """Bytes for each token at the start of backward: what is kept, and the gradient of the logits."""
-    one, two = (kept_bytes(size, n, checkpointing) for n in (1, 2))
-    recomputed = kept_bytes(size, 2, False) - kept_bytes(size, 1, False) if checkpointing else 0  # a block at a time
-    return one + (PRESETS[size][-1] - 1) * (two - one) + recomputed + 32_000 * (4 + 2)
-
-
-def fit() -> None:
-    memories = (8, 12, 16, 24)
-    print("largest batch of 256-token sequences in that many GB, plain / with --checkpointing; - if none fits")
-    print(f"{'':12}" + "".join(f"{memory:>14} GB" for memory in memories))
-    for size in ("60m", "130m", "350m", "1b", "7b"):
-        tokens = [256 * activation_bytes(size, checkpointing) for checkpointing in (False, True)]
-        for method in ("AdamW", "GaLore", "Fira", "Fira --layerwise"):
-            weights, gradients, state, _ = count(size, method.split()[0])
-            if "layerwise" in method:
-                gradients = 2 * 32_000 * PRESETS[size][1]  # of the largest weight, the embeddings
-            fixed = weights + gradients + state + 1e9
-            batches = [[max(0, int((memory * 1e9 - fixed) // t)) or "-" for t in tokens] for memory in memories]
-            print(f"{size:5} {method:16}" + "".join(f"{plain!s:>7} / {less!s:<5}" for plain, less in batches))
-
-
 def measure(size: str, method: str, device: str) -> int:
-    """Peak bytes of three training steps on random tokens; of the whole process on a CPU."""
-    optimizer, *layerwise = method.split(" --")
-    config = Config(
-        optimizer=optimizer, model=size, precision="fp32", layerwise=bool(layerwise), grad_accum=1
-    ).resolve()
-    device = torch.device(device)
-    model, optimizer, _ = build(config, 32_000, device)
-    if config.layerwise:
-        optimizer.step_in_backward()
-    tokens = torch.randint(32_000, (100_000,)).numpy()
-    config.batch_size = 1  # the less for activations, the more is seen of the rest
-    for step in range(3):
-        windows = batch(tokens, config, step).to(device)[0]
-        model(windows[:, :-1], windows[:, 1:]).backward()
+    """Peak bytes of three training steps on random tokens, a sequence each; of the whole process on a CPU."""
+    optimizer, *layerwise = method.split(" --")  # the less for activations, the more is seen of the rest
+    model, optimizer = build(Config(optimizer=optimizer, model=size, precision="fp32", device=device).resolve(), 32_000)
+
+    def update(p):  # in which no other weight has a gradient
+        optimizer.step()
+        p.grad = None
+
+    for p in model.parameters():
+        if layerwise and p.requires_grad:
+            p.register_post_accumulate_grad_hook(update)
+    for _ in range(3):
+        tokens = torch.randint(32_000, (1, 257), device=device)
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return peak_bytes(device)
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", choices=PRESETS, metavar="MODEL", help=f"one of {', '.join(PRESETS)}")
-    parser.add_argument("--fit", action="store_true", help="what fits into consumer GPUs")
     parser.add_argument("--method", choices=MEASURED, help="only this one, and only its number")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.method:
         print(measure(args.measure, args.method, args.device))
-    elif args.fit:
-        fit()
     elif args.measure:
         print(f"peak memory of training {args.measure} in float32 on {args.device}, batch 1 × block_size tokens")
         for method in MEASURED:  # each in a process of its own
             command = [sys.executable, "-m", "experiments.memory", "--method", method, "--device", args.device]
             run = subprocess.run([*command, "--measure", args.measure], capture_output=True, text=True, check=True)
-            print(f"{method:18} {mega(int(run.stdout)):>10}")
+            print(f"{method:18} {int(run.stdout) / 1e6:8.0f} MB")
     else:
         print(f"{'G (1e9 bytes)':22} weights gradients  state: ours  16-bit   total: ours  16-bit   paper")
         for size in ("60m", "130m", "350m", "1b", "7b"):

@@ -1,0 +1,128 @@
+"""The runs of `experiments/paper.py`, and the claims about their differences, which it reads from `claims.txt`.
+
+A run is a name and flags of `train.py`; words before the flags are changes of `experiments/patches.py`. Flags that
+decide a comparison are written out, so that a changed default of `train.py` changes no run.
+"""
+
+from pathlib import Path
+
+FIRA = "--lr 0.01 --alpha 0.25"  # the default setting, on which all ablations rest
+ONLY = "--optimizer fira_only_scaling --lr 0.01 --alpha 1"  # at the default α the update would be a quarter of Fira's
+ADAMW = "--optimizer adamw --lr 0.002"
+ALPHAS, RATES = ("0.0625", "0.125", "0.25", "0.5", "1"), ("0.005", "0.01", "0.02", "0.04")
+NOISES, RANKS, GAPS = ("0.1", "0.5"), ("2", "8", "32", "64", "128"), ("20", "50", "100", "200", "500")
+SPIKES = {"fira": "", "no-limiter": " --gamma inf", "clipping": " --gamma inf --grad_clip 1"}
+
+RUNS = {
+    "fira": FIRA,
+    "fira-paper": f"{FIRA} --alpha_mode paper",
+    "fira-released": f"{FIRA} --alpha_mode released",
+    "galore": f"--optimizer galore {FIRA}",
+    "adamw": ADAMW,
+    "lora": "--optimizer lora --lr 0.003",
+    "fira-random": f"{FIRA} --proj_method random",
+    **{f"fira-svd-r{r}": f"record {FIRA} --proj_method svd --rank {r}" for r in ("8", "32", "64")},
+    **{f"fira-svd-r{r}": f"{FIRA} --proj_method svd --rank {r}" for r in ("2", "4")},
+    "fira-r128": f"record {FIRA} --rank 128",
+    "fira-r128-alpha0.2": "record --lr 0.01 --alpha 0.2 --rank 128",
+    "fira-random-r32": f"record {FIRA} --proj_method random --rank 32",
+    **{f"galore-r{r}": f"--optimizer galore {FIRA} --rank {r}" for r in RANKS if r not in ("32", "128")},
+    "no-scaling": f"--optimizer galore_add {FIRA} --gamma 1.01 --proj_method subspace",
+    "matrix": f"--optimizer fira_matrix {FIRA}",
+    "no-limiter": f"{FIRA} --gamma inf",
+    "clipping": f"{FIRA} --gamma inf --grad_clip 1",
+    "shrink": f"shrink=0.25 {FIRA}",
+    "tensor-wise": f"{FIRA} --alpha_mode paper --gamma inf",
+    "released-matrix": f"--optimizer fira_matrix {FIRA} --alpha_mode released",
+    "released-no-limiter": f"{FIRA} --alpha_mode released --gamma inf",
+    **{f"gamma{g}": f"{FIRA} --gamma {g}" for g in ("1.1", "1.001", "1")},
+    "only": f"--optimizer fira_only_scaling {FIRA}",
+    **{f"only-r{r}": f"{ONLY} --rank {r}" for r in RANKS},
+    "only-matrix": "--optimizer apollo_mini --proj_method subspace --lr 0.01 --alpha 1 --rank 32",
+    "only-random": f"{ONLY} --proj_method random",
+    "apollo": "--optimizer apollo --lr 0.01",
+    "apollo-mini": "--optimizer apollo_mini --lr 0.01",
+    **{f"T{gap}": f"--steps 750 {FIRA} --update_proj_gap {gap}" for gap in GAPS},
+    **{
+        f"steps-{k}": f"every_step --steps 750 {FIRA} --rank 8 --proj_method svd{v}"
+        for k, v in {
+            "fira": "",
+            "galore": " --optimizer galore",
+            "galore-add": " --optimizer galore_add --gamma inf",
+        }.items()
+    },
+    **{
+        f"spike-lr{lr}-{k}": f"every_step --steps 750 --lr {lr} --alpha 0.25 --rank 8{v}"
+        for lr in ("0.01", "0.03")
+        for k, v in SPIKES.items()
+    },
+    **{
+        f"spike-lr{lr}-adamw": f"every_step --steps 750 --optimizer adamw --lr {lr}" for lr in ("0.002", "0.01", "0.03")
+    },
+    **{
+        f"noise{s}-{k}": f"noise={s} --steps 750 {v}"
+        for s in ("0", *NOISES)
+        for k, v in {"adamw": ADAMW, "only": ONLY, "fira": FIRA}.items()
+    },
+    **{
+        f"noise-blocks{s}-{k}": f"noise_blocks={s} --steps 750 {v}"
+        for s in NOISES
+        for k, v in {"adamw": ADAMW, "only": ONLY}.items()
+    },
+    **{f"variant-{path.stem}": f"--variant {path.as_posix()} {FIRA}" for path in sorted(Path("variants").glob("*.py"))},
+}
+
+
+def rates(name: str, flags: str, values: tuple) -> list[str]:
+    """The names of runs with each of the values in these flags, added to RUNS where no run has such flags yet."""
+    known = {flags: run for run, flags in RUNS.items()}
+    runs = {known.get(flags.format(value)) or f"{name}{value}": flags.format(value) for value in values}
+    RUNS.update(runs)
+    return list(runs)
+
+
+# A claim's methods, each with the runs of which seed 0 chooses one.
+TUNED = {"fira": (5e-4, 1e-3, 2e-3, 4e-3), "adamw": (1e-4, 2e-4, 5e-4, 1e-3), "lora": (3e-4, 1e-3, 3e-3, 1e-2)}
+TUNED["galore"] = TUNED["fira"]
+GRIDS = {
+    "fair": {
+        "fira": [n for a in ALPHAS for n in rates(f"fira-alpha{a}-lr", "--lr {} --alpha " + a, RATES)]
+        + rates("fira-alpha0.03125-lr", "--lr {} --alpha 0.03125", ("0.02", "0.04")),
+        "galore": [
+            n for a in ALPHAS for n in rates(f"galore-alpha{a}-lr", "--optimizer galore --lr {} --alpha " + a, RATES)
+        ],
+        "adamw": rates("adamw-lr", "--optimizer adamw --lr {}", ("0.0005", "0.001", "0.002", "0.003", "0.005")),
+        "lora": rates("lora-lr", "--optimizer lora --lr {}", ("0.001", "0.003", "0.005", "0.01")),
+    },
+    "finetune": {
+        m: rates(f"finetune-{m}-lr", "finetune --steps 500 --optimizer " + m + " --lr {}", values)
+        for m, values in TUNED.items()
+    },
+    "T17": {  # the factor is of the matrices' learning rate: embeddings and head stay AdamW at lr 0.01
+        m: rates(f"adagrad-{m}-", "adagrad={} " + flags, ("0.3", "1", "3", "10"))
+        for m, flags in (
+            ("fira", FIRA),
+            ("galore", f"--optimizer galore {FIRA}"),
+            ("full", "--lr 0.01 --alpha 1 --rank 128"),
+        )
+    },
+    "F12": {"sgd": rates("sgd-lr", "sgd --optimizer adamw --lr {}", ("0.1", "0.3", "1", "3"))},
+}
+
+
+def read(table: str) -> dict[str, dict]:
+    """The claims of a table: their title, their seeds and their rows."""
+    claims = {}
+    for line in table.splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if not line or line[0] == "#":
+            continue
+        if line[0] != " ":
+            claims[cells[0]] = {"title": cells[1], "seeds": [int(s) for s in cells[2].split()], "rows": []}
+        else:
+            list(claims.values())[-1]["rows"].append(cells)
+    return claims
+
+
+CLAIMS = read(Path(__file__).with_name("claims.txt").read_text(encoding="utf-8"))
+CLAIMS["variants"]["rows"] = [[f"{n} − Fira", n, "fira", "?"] for n in RUNS if n.startswith("variant-")]

@@ -1,0 +1,110 @@
+"""The pictures in assets/, drawn from the stored runs; readable in black and white.
+
+python -m experiments.figures                # all that the stored runs allow
+python -m experiments.figures ablations      # one of them
+
+losses      the validation loss of the methods, each at its own best setting, mean and range over the seeds
+ablations   the differences to Fira with their intervals, and what the paper's would be here
+ranks       the loss by rank
+subspace    the share of the gradient's energy in the subspace, mean φ, and what the limiter does, over the steps
+phi         φ of each matrix, in the subspace and at full rank
+spikes      the training loss above AdamW's on the same batches, with and without the limiter
+variance    the variance of φ² by the columns' length
+"""
+
+import statistics
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments import report
+from experiments.claims import CLAIMS
+from experiments.figures_steps import phi, runs, spikes, subspace, variance
+from experiments.stored import chosen
+
+ASSETS, STYLES = Path("assets"), [("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ((0, (6, 1, 1, 1)), "v")]
+
+
+def axes(**labels):
+    return Figure(figsize=(7, 4.2), layout="constrained").add_subplot(**labels)
+
+
+def losses():
+    ax, drawn = axes(xlabel="step", ylabel="validation loss, nats a byte"), 0
+    for i, method in enumerate(("fira", "adamw", "galore", "lora")):
+        if found := runs(chosen("fair", method)) or runs(method):
+            steps = [step for step, _ in found[0]["evaluations"]]
+            values = np.array([[loss for _, loss in result["evaluations"]] for result in found])
+            line, marker = STYLES[i]
+            label = f"{method} ({found[0]['flags'].removeprefix(f'--optimizer {method} ').replace('--', '')})"
+            ax.plot(steps, values.mean(0), color=f"C{i}", linestyle=line, marker=marker, label=label)
+            ax.fill_between(steps, values.min(0), values.max(0), color=f"C{i}", alpha=0.2)
+            drawn += 1
+    ax.legend(title=f"mean and range over {len(runs('fira')) or 'the'} seeds")
+    ax.set_ylim(top=2.2)
+    return drawn > 1 and ax
+
+
+def ablations():
+    gap, rows = report.gap_here()[0], []
+    for claim in ("T5", "T15", "T3", "T11"):
+        for text, a, b, paper in (cells for cells in CLAIMS[claim]["rows"] if cells[0][0] != "!"):
+            (x, _), (y, _) = (report.losses(claim, term, CLAIMS[claim]["seeds"]) for term in (a, b))
+            both = [seed for seed in x if seed in y]
+            if len(both) > 1 and b == "fira":
+                rows.append((text, *report.interval([x[s] - y[s] for s in both]), report.expected(paper, gap)))
+    ax = axes(xlabel="difference of validation loss, nats a byte, mean and 95 % interval")
+    for i, (_, mean, half, expected) in enumerate(rows):
+        ax.errorbar(mean, -i, xerr=half, fmt="o", color="black", capsize=3, label=None if i else "here")
+        if expected is not None:
+            ax.plot(expected, -i, "D", color="gray", fillstyle="none", label=None if i else "the paper's, scaled")
+    ax.set_yticks([-i for i in range(len(rows))], [row[0] for row in rows], fontsize=8)
+    ax.axvline(0, color="gray", linewidth=0.8)
+    ax.legend()
+    return rows and ax
+
+
+def ranks():
+    ax, drawn = axes(xlabel="rank (of 128)", ylabel="validation loss, nats a byte", xscale="log"), 0
+    lines = {"fira": "fira-svd-r{}", "galore": "galore-r{}", "only scaling": "only-r{}"}
+    for (label, name), (line, marker) in zip(lines.items(), STYLES):
+        points = [
+            (r, runs("galore" if (label, r) == ("galore", 32) else name.format(r))) for r in (2, 4, 8, 32, 64, 128)
+        ]
+        points = [(r, [result["val_loss"] for result in found]) for r, found in points if found]
+        if len(points) > 1:
+            low, high = ([f(v) for _, v in points] for f in (min, max))
+            x, means = [r for r, _ in points], [statistics.mean(v) for _, v in points]
+            ax.plot(x, means, color="black", linestyle=line, marker=marker, label=label)
+            ax.fill_between(x, low, high, color="gray", alpha=0.3)
+            drawn += 1
+    if found := runs("adamw"):
+        value = statistics.mean(result["val_loss"] for result in found)
+        ax.axhline(value, color="gray", linewidth=3, alpha=0.5, label="adamw")
+    ax.set_xticks([2, 4, 8, 32, 64, 128], ["2", "4", "8", "32", "64", "128"])
+    ax.legend()
+    return drawn and ax
+
+
+def main() -> None:
+    drawings = (losses, ablations, ranks, subspace, phi, spikes, variance)
+    wanted = sys.argv[1:] or [f.__name__ for f in drawings]
+    if unknown := set(wanted) - {f.__name__ for f in drawings}:
+        sys.exit(f"error: no figure {', '.join(unknown)}; there are {', '.join(f.__name__ for f in drawings)}")
+    warnings.filterwarnings("ignore", "No artists with labels")  # a picture that has no runs yet
+    ASSETS.mkdir(exist_ok=True)
+    for draw in drawings:
+        if draw.__name__ in wanted:
+            ax = draw()
+            for dpi in (110, 80, 60) if ax else ():  # below 120 kB
+                ax.get_figure().savefig(path := ASSETS / f"{draw.__name__}.png", dpi=dpi)
+                if path.stat().st_size < 120_000:
+                    break
+            print(f"{draw.__name__}: {'wrote' if ax else 'no runs yet for'} {ASSETS / draw.__name__}.png")
+
+
+if __name__ == "__main__":
+    main()

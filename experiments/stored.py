@@ -1,0 +1,109 @@
+"""What decides a run's numbers, as one hash: the syntax trees of the code without comments, docstrings and annotations.
+
+python -m experiments.arithmetic            # the present hash
+python -m experiments.arithmetic --variant variants/rotate.py
+"""
+
+import ast
+import hashlib
+import json
+import math
+import platform
+import statistics
+from importlib.metadata import version
+from pathlib import Path
+
+import prepare_data
+from experiments.claims import GRIDS
+
+RESULTS, OUT = Path("experiments/results/runs"), Path("out/paper")
+
+# It counts, of fira.py and model.py all but these, of train.py only these.
+WITHOUT = {
+    "restored",
+    "load_state_dict",
+    "check_group",
+    "name_of",
+    "load_pretrained",
+    "export",
+    "pairs",
+    "hugging_face",
+}
+ONLY = {"batch", "build", "schedule", "evaluate", "METHODS", "TRAINING", "EVAL_TOKENS"}
+
+
+class Arithmetic(ast.NodeTransformer):
+    """A syntax tree without what computes nothing: docstrings, annotations, texts of errors."""
+
+    def visit_FunctionDef(self, node):
+        if node.name in WITHOUT:
+            return None
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_Expr(self, node):
+        return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
+
+    def visit_arg(self, node):
+        return ast.arg(node.arg)
+
+    def visit_Raise(self, node):
+        return ast.Pass()
+
+
+def code_hash(flags: str = "") -> str:
+    """The hash of the arithmetic of fira.py, model.py and train.py, and of the changes that the flags name."""
+    words = flags.split()
+    trees = {name: ast.parse(Path(name).read_text(encoding="utf-8")) for name in ("fira.py", "model.py", "train.py")}
+    body = trees["train.py"].body
+    named = {
+        id(t): getattr(n, "name", None) or getattr(t, "id", None) for n in body for t in getattr(n, "targets", [n])
+    }
+    trees["train.py"].body = [n for n in body if any(named[id(t)] in ONLY for t in getattr(n, "targets", [n]))]
+    if "--variant" in words:
+        trees["variant"] = ast.parse(Path(words[words.index("--variant") + 1]).read_text(encoding="utf-8"))
+    patches = {word.split("=")[0] for word in words if word[0] != "-"} - {"record", "every_step"}  # which only look
+    changes = ast.parse((Path(__file__).parent / "patches.py").read_text(encoding="utf-8"))
+    trees["patches"] = ast.Module(
+        [n for n in changes.body if any(word.startswith(getattr(n, "name", "-")) for word in patches)], []
+    )
+    text = "\n".join(ast.unparse(ast.fix_missing_locations(Arithmetic().visit(tree))) for tree in trees.values())
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def load(run: str, seed: int) -> dict | None:
+    path = RESULTS / f"{run}-seed{seed}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def chosen(claim: str, method: str) -> str | None:
+    """The run that seed 0 found best in a claim's grid, or None while one is missing."""
+    results = {run: load(run, 0) for run in GRIDS[claim][method]}
+    return None if None in results.values() else min(results, key=lambda run: results[run]["val_loss"])
+
+
+def summary(folder: Path) -> dict:
+    """What is kept of a finished run: its last evaluation, all evaluations, the log (some 30 entries of it
+    for other seeds than 0), its configuration, and what it ran on."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    log = [json.loads(line) for line in lines]
+    meta = prepare_data.load(config["data"])[0]
+    log = [entry for entry in log if entry["step"] <= config["steps"]]
+    every, kept = 10, ("step", "loss", "energy_share", "mean_phi", "S_norm", "S_limited", "matrices_limited")
+    if log and log[0]["step"] == 1:  # `every_step` was at work
+        every, kept = 1, ("step", "loss", "S_limited") if config["seed"] == 0 else ("step", "loss")
+    elif config["seed"]:
+        every = 10 * max(1, config["steps"] // 300)
+    thinned = [entry for entry in log if entry["step"] % every == 0]
+    end = log[-1] if log else {}  # empty where it diverged at once
+    last = {k: end.get(k) for k in ("val_loss", "bits_per_byte", "state_bytes")}
+    return last | {
+        "ms_per_step": round(statistics.median([entry["ms_per_step"] for entry in log] or [math.nan]), 2),
+        "evaluations": [[entry["step"], round(entry["val_loss"], 5)] for entry in log if "val_loss" in entry],
+        "log": {k: [float(f"{entry[k]:.4g}") for entry in thinned if k in entry] for k in kept},
+        "config": {k: v for k, v in config.items() if k not in ("name", "out", "device", "threads")},
+        "data": meta["sha256"][:12],
+        "python": platform.python_version(),
+        "torch": version("torch"),
+    }

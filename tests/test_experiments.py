@@ -1,0 +1,149 @@
+"""The reductions of experiments/ on made-up runs, the coefficients against known values, the memory formula."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import fira
+from experiments import choices, claims, paper, reductions, report, similarity, stored
+from experiments.coefficients import cosine, kendall, pearson, spearman
+from experiments.memory import state_bytes
+from model import ModelConfig, Transformer
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(stored, "RESULTS", tmp_path / "runs")
+    stored.RESULTS.mkdir()
+    return stored.RESULTS
+
+
+def keep(run, seed, loss, **more):
+    result = {"run": run, "seed": seed, "val_loss": loss, "code": stored.code_hash(claims.RUNS[run]), "data": "d"}
+    result |= {"python": "3", "torch": "2", "flags": claims.RUNS[run], "evaluations": [[750, 1.5], [1500, loss]]} | more
+    (stored.RESULTS / f"{run}-seed{seed}.json").write_text(json.dumps(result))
+
+
+VERDICTS = """
+    0.02  0.01  32.22/31.06  0.026 confirmed
+    0.005 0.001 37.06/31.06  0.12  confirmed in sign, under half the size
+    -0.02 0.01  32.22/31.06  0.026 **contradicted**
+    0.001 0.005 37.06/31.06  0.12  **contradicted**: under half the size
+    0.01  0.02  32.22/31.06  0.026 not decidable here
+    -0.02 0.01  34.06/34.88  -0.02 confirmed
+    0.002 0.005 =            0     confirmed
+    0.03  0.005 =            0     contradicted
+    0.009 0.005 =            0     not decidable here
+    0.5   inf   +            0     not decidable: one seed
+"""
+
+
+@pytest.mark.parametrize("line", VERDICTS.strip().splitlines())
+def test_verdict(line):
+    assert report.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / math.sqrt(3)))  # Student's t, deviation 1
+    mean, half, paper, effect, expected = line.split(maxsplit=4)
+    assert report.verdict(float(mean), float(half), paper, float(effect) or None) == expected
+
+
+def test_a_row_pairs_the_seeds_that_both_have_and_scales_the_papers_effect(results):
+    for seed, noise in enumerate((0.0, 0.3, -0.2)):  # shared by both, so the difference has none of it
+        keep("fira", seed, 1 + noise)
+        keep("no-limiter", seed, 1.05 + noise + 0.001 * seed)
+    keep("no-limiter", 3, 99.0)
+    row = report.row("T5", ["text", "no-limiter", "fira", "34.88/31.06"], [0, 1, 2, 3], gap=0.08)
+    assert "| +0.0800 |" in row and "| +0.0510 ± 0.0025 |" in row and "| 0 1 2 | confirmed |" in row
+    assert "not run" in report.row("T5", ["text", "matrix", "fira", "?"], [0, 1, 2], gap=0.08)
+    row = report.row("T5", ["text", "no-limiter + fira", "fira + fira", "?"], [0, 1, 2], gap=0.08)  # sums
+    assert "| +0.0510 ± 0.0025 |" in row and "| 2.1177, 2.0667 |" in row
+
+
+def test_seed_0_chooses_and_runs_of_older_code_are_marked(results):
+    for i, run in enumerate(claims.GRIDS["F12"]["sgd"]):
+        keep(run, 0, 2.0 - (i == 1))
+        assert stored.chosen("F12", "sgd") == (claims.GRIDS["F12"]["sgd"][1] if i == 3 else None)
+    best = stored.chosen("F12", "sgd")
+    assert (best, 1) in paper.needed("F12", [1]) and ("adamw", 1) in paper.needed("F12", [1])
+    keep(best, 1, 1.5)
+    keep("adamw", 1, 1.2, code="older")
+    page = report.section("F12", [1])
+    assert "| +0.3000 † |" in page and page.count("†") == 1 and "**1.0000**" in page and not paper.needed("F12", [1])
+
+
+def test_the_hash_is_of_the_arithmetic_only(tmp_path, monkeypatch):
+    files = {name: open(name, encoding="utf-8").read() for name in ("fira.py", "model.py", "train.py")}
+
+    def hash_of(change=lambda text: text):
+        for name, text in files.items():
+            (tmp_path / name).write_text(change(text) if name == "fira.py" else text, encoding="utf-8")
+        monkeypatch.chdir(tmp_path)
+        return stored.code_hash()
+
+    before = hash_of()
+    assert (
+        hash_of(lambda text: "# a comment\n" + text.replace('"""One step on one matrix', '"""A step of a matrix'))
+        == before
+    )
+    assert hash_of(lambda text: text.replace("+ 1e-8", "+ 1e-7")) != before
+
+
+def test_the_whole_page_and_every_picture_from_made_up_runs(results, tmp_path, monkeypatch):
+    figures = dict.fromkeys(("step", "loss", "energy_share", "mean_phi", "S_norm", "S_limited"), [*range(10, 760, 10)])
+    for module in (stored, choices):  # or 1,000 files would be parsed
+        monkeypatch.setattr(module, "code_hash", lambda flags="": "x")
+    for run in claims.RUNS:
+        for seed in range(4):
+            keep(run, seed, 1.1 + random.random() / 10, log=figures)
+    report.write(tmp_path / "RESULTS.md")
+    page = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+    assert all(f"## {name}: " in page for name in claims.CLAIMS) and "†" not in page.split("## fair")[1]
+    pytest.importorskip("matplotlib")
+    from experiments import figures
+
+    monkeypatch.setattr(figures, "ASSETS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["figures"])
+    figures.main()
+    sizes = {path.stem: path.stat().st_size for path in tmp_path.glob("*.png")}
+    assert sizes.keys() >= {"losses", "ablations", "ranks", "spikes", "variance"} and max(sizes.values()) < 120_000
+
+
+def test_spikes_are_found_above_the_other_runs_loss_on_the_same_batches():
+    rng = np.random.default_rng(0)
+    batches, own = rng.normal(3, 0.5, 750), rng.normal(0, 0.01, 750)
+    own[[123, 403]] += 0.5
+    steps, heights = reductions.find_spikes(batches + own, batches)
+    assert steps.tolist() == [123, 403] and heights == pytest.approx(0.5, abs=0.1)
+
+
+def test_coefficients_have_the_textbooks_values():
+    x = np.array([106, 100, 86, 101, 99, 103, 97, 113, 112, 110.0])
+    y = np.array([7, 27, 2, 50, 28, 29, 20, 12, 6, 17.0])
+    assert spearman(x, y) == pytest.approx(-29 / 165)
+    assert kendall(x, y) == pytest.approx(-1 / 9)
+    tied = np.array([1, 2, 2, 3.0])
+    assert spearman(tied, np.array([1, 2, 3, 4.0])) == pytest.approx(0.9486833)
+    assert kendall(tied, np.array([1, 2, 3, 4.0])) == pytest.approx(5 / math.sqrt(5 * 6))
+    assert (pearson(x, 3 - 2 * x), cosine(x, 2 * x)) == pytest.approx((-1, 1))
+
+
+def test_similarity_of_a_run_with_itself_and_the_level_where_all_entries_have_one_size():
+    rng = np.random.default_rng(0)
+    R, X = rng.uniform(1, 2, (2, 12, 28 * 16))
+    norms = [R, np.hypot(R, X), X, *(np.full_like(R, math.sqrt(n)) for n in (8, 32, 24))]
+    figures = similarity.reduce(*2 * [{"norms": np.stack(norms, 1), "shapes": np.array([[8, 32, 16]] * 28)}])
+    assert [figures[k] for k in ("column cosine", "within R, full", "matrix Kendall")] == pytest.approx([1, 1, 1])
+    assert figures["level R/X"] == pytest.approx(figures["level R/X, one size"])
+
+
+@pytest.mark.parametrize("rank", [None, 16, 128])
+def test_the_formula_of_the_state_counts_what_there_is(rank):
+    model = Transformer(ModelConfig.preset("9m", 64, 16))
+    groups = fira.param_groups(model, rank)
+    optimizer = fira.Fira(groups)
+    model(*torch.zeros(2, 1, 16, dtype=torch.long)).backward()
+    optimizer.step()
+    tensors = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    assert sum(x.nbytes for x in tensors) == state_bytes(groups)
