@@ -3,10 +3,9 @@
     python prepare_data.py                      # stdlib: the sources of this Python's standard library
     python prepare_data.py shakespeare          # Tiny Shakespeare, 1 MB; or tinystories, 2 GB (Eldan and Li, 2023)
     python prepare_data.py c4 --shards 4        # English C4, the paper's corpus: 4 of 1024 shards, 0.3 GB each
-    python prepare_data.py notes.txt            # your own text; the last 10 % is for validation
+    python prepare_data.py notes.txt --tokenizer gpt2    # your own text; the last 10 % is for validation
     python prepare_data.py notes.jsonl.gz       # a {"text": ...} a line; every tenth document is for validation
     python prepare_data.py folder --glob "*.md" # your own files; 5 % of the files are for validation
-    python prepare_data.py notes.txt --tokenizer gpt2
 
 The .bin files are plain arrays of token ids, with end-of-text between documents. Documents stream from the disk; one,
 or a text file, has to fit in memory with its tokens: 10 times its size, with hf: 150 times. meta.json is written last.
@@ -43,7 +42,6 @@ META = {"name": str, "source": str, "source_bytes": int, "tokenizer": str, "voca
 META |= {"train_tokens": int, "train_bytes": int, "val_tokens": int, "val_bytes": int, "sha256": str}
 DTYPES = {"uint8": np.uint8, "uint16": np.uint16, "uint32": np.uint32}
 MARK = b"<|endoftext|>"
-EXTRA = '; the extra hf is needed: pip install -e ".[hf]"'
 
 
 class InputError(Exception):
@@ -51,7 +49,8 @@ class InputError(Exception):
 
 
 def reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split()) + EXTRA * isinstance(error, ImportError)
+    hint = '; the extra hf is needed: pip install -e ".[hf]"' * isinstance(error, ImportError)
+    return " ".join(f"{type(error).__name__}: {error}".split()) + hint
 
 
 class Parser(argparse.ArgumentParser):
@@ -205,10 +204,11 @@ def prepare(source: str, tokenizer: str = "bytes", glob: str = "*.txt", shards: 
             sha256.update(np.memmap(Path(new, "val.bin"), dtype, "r"))
             Path(new, "meta.json").write_text(json.dumps(meta | {"sha256": sha256.hexdigest()}, indent=2) + "\n")
             folder.mkdir(exist_ok=True)
-            (folder / "meta.json").unlink(missing_ok=True)
+            if (old := folder / "meta.json").exists() and old.read_text() != Path(new, "meta.json").read_text():
+                old.unlink()  # so that a stop here leaves no set that looks complete
             for file in FILES:
                 Path(new, file).replace(folder / file)
-    except (ImportError, OSError, ValueError, NotImplementedError) as error:  # no network, full disk, bad --glob
+    except (ImportError, OSError, ValueError, NotImplementedError, urllib.request.http.client.HTTPException) as error:
         raise InputError(f"cannot prepare {source} ({reason(error)})") from None
     return name
 
