@@ -9,62 +9,44 @@
     python prepare_data.py folder --glob "*.md" # your own files; 5 % of the files are for validation
     python prepare_data.py notes.txt --tokenizer gpt2
 
-The .bin files are plain arrays of token ids, in the smallest of uint8, uint16 and uint32 that holds the
-vocabulary; documents are separated by end-of-text. All tokenizing is tiktoken's. Text streams from the disk,
-so a corpus may be larger than the memory; a single document of JSON lines or TinyStories may not.
+The .bin files are plain arrays of token ids, with end-of-text between documents. A corpus may be larger than the
+memory, a document or text file may not. meta.json, written last, makes a data set complete.
 """
 
 import argparse
 import base64
-import codecs
-import contextlib
 import difflib
 import gzip
 import hashlib
-import http.client
+import itertools
 import json
 import os
 import random
-import shutil
+import re
 import sys
-import sysconfig
 import tempfile
-import time
 import urllib.request
 import zlib
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tiktoken
-from tiktoken_ext.openai_public import r50k_pat_str
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows, where two preparations must not run side by side
-    fcntl = None
-
-HUB = "https://huggingface.co/datasets/"
-C4 = HUB + "allenai/c4/resolve/main/en/c4-"
-STORIES = HUB + "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SOURCES = {  # name: format, SHA-256 if known, number of shards, training URL ({} is the shard), validation URL
-    "shakespeare": (".txt", SHAKESPEARE_SHA256, 1, SHAKESPEARE, None),
-    "tinystories": (".stories.txt", None, 1, STORIES + "train.txt", STORIES + "valid.txt"),
-    "c4": (".json.gz", None, 1024, C4 + "train.{:05d}-of-01024.json.gz", C4 + "validation.00000-of-00008.json.gz"),
+HUB = {  # name: its repository on the Hugging Face hub, training file ({} is the shard), validation file, shards
+    "tinystories": ("roneneldan/TinyStories", "TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt", 1),
+    "c4": ("allenai/c4", "en/c4-train.{:05d}-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz", 1024),
 }
-NAMES = ("stdlib", *SOURCES)
+NAMES = ("stdlib", "shakespeare", *HUB)
 DATA = Path("data")
+FILES = ("train.bin", "val.bin", "meta.json")
+DTYPES = ("uint8", "uint16", "uint32")
+COUNTS = ("vocab_size", "source_bytes", "train_tokens", "train_bytes", "val_tokens", "val_bytes")
 END_OF_TEXT = "<|endoftext|>"
-META = {"name", "source", "tokenizer", "vocab_size", "dtype", "sha256"}
-META |= {"train_tokens", "val_tokens", "train_bytes", "val_bytes", "bytes_per_token"}
-PIECE = 2**20  # about how much text, in bytes or characters, is read and tokenized at a time
-WAITS = (1, 2, 4, 8, 16)  # seconds before each new attempt of a download that does not get on
+PIECE = 2**16  # about how many characters are tokenized as one string
 
 
 class InputError(Exception):
@@ -76,431 +58,268 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help tells more)\n")
 
 
-# Tokenizers
+class Tokenizer(NamedTuple):
+    n_vocab: int
+    end_of_text: int  # the token between two documents
+    encode_batch: Callable[[list[str]], list]  # texts -> token ids of each; special tokens are neither added nor read
+    decode: Callable[[list[int]], str]
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.encode_batch([text])[0])
 
 
-def get_encoding(tokenizer: str) -> tiktoken.Encoding:
-    """The tokenizer "bytes", "gpt2", or a .tiktoken file of ranks. Raises InputError if it cannot be had."""
-    if tokenizer == "bytes":  # no merges, so the pattern only decides how much is handled at a time
-        ranks, pattern = {bytes([i]): i for i in range(256)}, r"(?s).{1,64}"
-    elif tokenizer == "gpt2":
-        try:
-            return tiktoken.get_encoding("r50k_base")  # GPT-2's, under the name of its single file
-        except Exception as error:
-            ways = "go online once, or set TIKTOKEN_CACHE_DIR to a filled cache, or pass --tokenizer r50k_base.tiktoken"
-            reason = f"neither in tiktoken's cache nor downloadable ({type(error).__name__})"
-            raise InputError(f"GPT-2's tokenizer is {reason}: {ways}") from None
-    elif tokenizer.endswith(".tiktoken"):
-        try:
-            lines = Path(tokenizer).read_bytes().splitlines()
-            pairs = [line.split() for line in lines if line]
-            ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-        except OSError as error:
-            raise InputError(f"cannot read the tokenizer {tokenizer}: {error.strerror}") from None
-        except ValueError:
-            raise InputError(f"{tokenizer} is not in tiktoken's format, lines of a base64 token and its rank") from None
-        if sorted(ranks.values()) != list(range(len(pairs))) or not all(bytes([i]) in ranks for i in range(256)):
-            raise InputError(f"{tokenizer} is cut short or damaged: its ranks have gaps, or a single byte has none")
-        pattern = r50k_pat_str  # the file has no pattern; GPT-2's is assumed
-    else:
-        raise InputError(f"unknown tokenizer {tokenizer!r}: use bytes, gpt2, or a file that ends in .tiktoken")
-    special = {END_OF_TEXT: len(ranks)}
-    return tiktoken.Encoding(tokenizer, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-
-
-# Downloads
-
-
-def intact(path: Path, sha256: str | None) -> bool:
-    return sha256 is None or hashlib.sha256(path.read_bytes()).hexdigest() == sha256  # a hash is given for small files
-
-
-def download(url: str, path: Path, sha256: str | None = None) -> None:
-    """Fetch url to path, unless it is there; a broken download is taken up where it stopped. Raises InputError."""
-    if path.exists() and intact(path, sha256):
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, etag = path.with_name(path.name + ".part"), path.with_name(path.name + ".etag")
-    for wait in (*WAITS, None):
-        try:
-            fetch(url, part, etag)
-            break
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            code = getattr(error, "code", 500)  # an HTTP status; what failed without one may go better next time
-            if code == 416:  # the server has no more than what is here, but called that version incomplete
-                part.unlink(missing_ok=True)
-            if wait is None or not (code in (416, 429) or code >= 500):
-                raise InputError(f"cannot download {url} ({error}): try later, or pass the path of a copy") from None
-            print(f"{path.name}: {error}; trying again in {wait} s")
-            time.sleep(wait)
-    if not intact(part, sha256):
-        part.unlink()
-        raise InputError(f"{url} did not send the expected file (its SHA-256 differs)")
-    part.replace(path)
-    etag.unlink()
-
-
-def fetch(url: str, part: Path, etag: Path) -> None:
-    """One attempt to append to part what it lacks; etag holds the server's name for the version that it is of."""
-    version = etag.read_text() if etag.exists() else ""
-    have = part.stat().st_size if version and part.exists() else 0
-    headers = {"Range": f"bytes={have}-", "If-Range": version} if have else {}
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
-        sent = response.headers["ETag"] or ""  # without one, or with a weak one, the next attempt begins anew:
-        sent = "" if sent.startswith("W/") else sent  # a weak one may be the same for files that differ
-        if response.status != 206:  # the whole file: the server knows no ranges, or the file has changed
-            have = 0
-        total = None if response.length is None else have + response.length
-        asked = f"bytes {have}-{(total or 0) - 1}/{total}"
-        if response.status == 206 and (sent != version or response.headers["Content-Range"] != asked):
-            etag.unlink(missing_ok=True)  # so the next attempt begins anew
-            raise ConnectionError("the server sent another part than it was asked for")
-        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem)
-        with bar, open(part, "ab" if have else "wb") as file:
-            etag.write_text(sent)
-            while content := response.read(2**16):
-                file.write(content)
-                bar.update(len(content))
-            file.flush()
-            os.fsync(file.fileno())
-    if total not in (None, part.stat().st_size):
-        raise ConnectionError(f"the connection broke off after {part.stat().st_size:,} of {total:,} bytes")
-
-
-# Sources
-
-
-class Part(NamedTuple):
-    """Documents of one file."""
-
-    path: Path
-    start: int = 0  # bytes of uncompressed text
-    end: int = sys.maxsize
-    tenth: bool | None = None  # of JSON lines: True for every tenth document, False for the others, None for all
-
-
-def stdlib_files() -> list[Path]:
-    root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = [path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts)]
-    return [path for path in files if (text := path.read_bytes()) == text.decode(errors="ignore").encode()]  # UTF-8
-
-
-def is_jsonl(path: Path) -> bool:
-    return path.name.removesuffix(".gz").endswith((".jsonl", ".json"))
-
-
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple]:
-    """(the file, the same uncompressed)"""
+def get_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer "bytes", "gpt2", "FILE.tiktoken" or "hf:NAME_OR_FOLDER". Raises InputError if it cannot be had."""
+    ways = ""
     try:
-        with open(path, "rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
-            yield raw, file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path} is damaged or no gzip file ({error}); delete it and get it again") from None
+        if name == "bytes":
+            table = [bytes([i]) for i in range(256)] + [END_OF_TEXT.encode()]
+            encode_batch = lambda texts: [np.frombuffer(text.encode(errors="replace"), np.uint8) for text in texts]
+            return Tokenizer(257, 256, encode_batch, lambda ids: b"".join(table[i] for i in ids).decode(errors="replace"))
+        if name.startswith("hf:"):
+            return hf_tokenizer(name.removeprefix("hf:"))
+        import tiktoken
+        from tiktoken_ext.openai_public import r50k_pat_str
+
+        if name == "gpt2":
+            ways = ": go online once, or set TIKTOKEN_CACHE_DIR to a filled cache, or pass --tokenizer r50k_base.tiktoken"
+            encoding = tiktoken.get_encoding("r50k_base")  # GPT-2's, under the name of its single file
+        elif name.endswith(".tiktoken") and Path(name).is_file():
+            lines = [line.split() for line in Path(name).read_bytes().splitlines() if line]
+            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+            if sorted(ranks.values()) != list(range(len(lines))) or not all(bytes([i]) in ranks for i in range(256)):
+                raise ValueError("its ranks have gaps, or a single byte has none")
+            special = {END_OF_TEXT: len(ranks)}  # the file lacks the pattern that splits text into words: GPT-2's
+            encoding = tiktoken.Encoding(name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+        else:
+            raise ValueError("it is neither bytes, gpt2, a file that ends in .tiktoken nor hf:NAME_OR_FOLDER")
+        encode_batch = lambda texts: encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+        return Tokenizer(encoding.n_vocab, encoding.eot_token, encode_batch, encoding.decode)
+    except ImportError:
+        raise InputError(f'the tokenizer {name} needs transformers: pip install -e ".[hf]"') from None
+    except Exception as error:  # of many kinds: no such file or name, no network, a damaged file
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"cannot load the tokenizer {name} ({reason}){ways}") from None
 
 
-def split_files(files: list[Path], root: Path) -> tuple[list[Part], list[Part]]:
-    """Shuffled with a fixed seed; 5 % of the files, at least one, are for validation."""
-    files = sorted((path for path in files if path.stat().st_size), key=lambda path: path.relative_to(root).as_posix())
-    if len(files) < 2:
-        raise InputError(f"{root} has {len(files)} matching files that are not empty; two are needed (--glob?)")
-    random.Random(0).shuffle(files)
-    n_val = max(1, len(files) // 20)
-    return [Part(path) for path in files[n_val:]], [Part(path) for path in files[:n_val]]
+def hf_tokenizer(name: str) -> Tokenizer:
+    """A checkpoint's own tokenizer, through transformers, so that it can be trained further."""
+    from transformers import AutoTokenizer
+
+    tokenizer, prefix = AutoTokenizer.from_pretrained(name, trust_remote_code=False), ""
+
+    def encode_batch(texts: list[str]) -> list[list[int]]:
+        texts = [prefix + text if text.startswith(" ") else text for text in texts]
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    # LLaMA's puts a space before a text, which decoding takes away, but not before one that begins with a space.
+    prefix = " " if decode(encode_batch([" a"])[0]) == "a" else ""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("it has no eos token, which separates documents")
+    text = f" Don't  stop.\n\n\tNot 1,234\u00e9 \u4f60 {tokenizer.eos_token}"
+    ids = encode_batch([text])[0]  # losses are counted per byte: text that is lost would flatter a model
+    if decode(ids) != text or tokenizer.eos_token_id in ids:
+        raise ValueError("it gives a text back changed, or reads its eos token out of a text")
+    # The size is len(tokenizer), unless ids have gaps; the model's may be larger, padded to a round number.
+    return Tokenizer(max(tokenizer.get_vocab().values()) + 1, tokenizer.eos_token_id, encode_batch, decode)
 
 
-def split_file(path: Path) -> tuple[list[Part], list[Part]]:
-    """For validation: of JSON lines the 2nd, 12th, 22nd ... document; of text the last 10 %, cut at a line."""
-    if is_jsonl(path):
-        return [Part(path, tenth=False)], [Part(path, tenth=True)]
-    with opened(path) as (_, file):
-        size = file.seek(0, os.SEEK_END)
-        if size == 0:
-            raise InputError(f"{path} is empty")
-        cut = file.seek(size * 9 // 10)
-        line = file.readline(PIECE)
-        if not line.endswith(b"\n") or cut + len(line) == size:  # one huge line: cut it between two characters
-            line = line[: len(line) - len(line.lstrip(bytes(range(0x80, 0xC0))))]
-        cut += len(line)
-    return [Part(path, 0, cut)], [Part(path, cut, size)]
-
-
-def name_of(path: Path) -> str:
-    return Path(path.resolve().name.removesuffix(".gz")).stem
-
-
-def find_source(source: str, glob: str, shards: int) -> tuple[str, str, list[Part], list[Part]]:
-    """(name, description, training parts, validation parts) of a NAME or PATH."""
-    most = SOURCES[source][2] if source in SOURCES else 1
-    if not 1 <= shards <= most:
-        raise InputError(f"--shards {shards}: {source} has {most}" + " (it is for c4)" * (most == 1))
-    if source == "stdlib":
-        description = "standard library of Python " + ".".join(map(str, sys.version_info[:3]))
-        return source, description, *split_files(stdlib_files(), Path(sysconfig.get_path("stdlib")))
-    if source in SOURCES:
-        suffix, sha256, _, train_url, val_url = SOURCES[source]
-        urls = {f"train-{i:05d}": train_url.format(i) for i in range(shards)} | ({"val": val_url} if val_url else {})
-        paths = [DATA / ".downloads" / f"{source}-{file}{suffix}" for file in urls]  # whatever the server says
-        for url, path in zip(urls.values(), paths):
-            download(url, path, sha256)
-        splits = ([Part(path) for path in paths[:-1]], [Part(paths[-1])]) if val_url else split_file(paths[0])
-        return source, f"{train_url}, {shards} of {most}" if most > 1 else train_url, *splits
-    path = Path(source)
-    if not source or not path.exists():
+def locate(source: str) -> tuple[str, Path | None]:
+    """(name of the data set, path of its text or None) for a NAME or PATH. Raises InputError."""
+    if source in NAMES:
+        return source, None
+    path = Path(source).resolve()
+    if not source or not (path.is_file() or path.is_dir()):  # a pipe or a device would be waited for
         names = sorted({*NAMES, *(meta.parent.name for meta in DATA.glob("*/meta.json"))})
         near = difflib.get_close_matches(source, names, 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else f"it is neither a file or folder nor one of {', '.join(names)}"
         raise InputError(f"no data {source!r}: {hint}")
-    path, name = path.resolve(), name_of(path)
+    name = Path(path.name.removesuffix(".gz")).stem
     if not name.isprintable() or name.startswith(".") or name in ("", *NAMES):
         raise InputError(f"cannot name a data set {name!r}; rename {path}")
-    if path.is_dir():
-        try:
-            files = [file for file in path.rglob(glob) if file.is_file()]
-        except (ValueError, NotImplementedError) as error:
-            raise InputError(f"--glob {glob!r} is no pattern for names in a folder ({error})") from None
-        return name, str(path), *split_files(files, path)
-    return name, str(path), *split_file(path)
+    return name, path
 
 
-# Tokenizing
+def find_files(name: str, path: Path | None, glob: str, shards: int) -> tuple[str, dict[Path, str]]:
+    """(description, {file: its split}) of what locate() gave. A file that is to be split itself has "" there."""
+    if name in HUB:
+        from huggingface_hub import hf_hub_download
+
+        repo, train, val, most = HUB[name]
+        wanted = {train.format(i): "train" for i in range(shards)} | {val: "val"}  # to the library's own cache:
+        files = {Path(hf_hub_download(repo, file, repo_type="dataset")): split for file, split in wanted.items()}
+        return f"{repo}, {shards} of {most} shards", files
+    if name == "shakespeare":
+        path = DATA / "shakespeare.txt"
+        content = path.read_bytes() if path.exists() else urllib.request.urlopen(SHAKESPEARE, timeout=30).read()
+        if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
+            raise InputError(f"{path if path.exists() else SHAKESPEARE} is not Tiny Shakespeare: its SHA-256 differs")
+        path.write_bytes(content)
+    if path and path.is_file():
+        return str(path), {path: ""}
+    root = path or Path(os.__file__).parent
+    files = [file for file in root.rglob(glob if path else "*.py") if file.is_file() and file.name not in FILES]
+    if not path:
+        left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+        files = [file for file in files if not left_out & set(file.relative_to(root).parts)]
+        files = [file for file in files if (b := file.read_bytes()) == b.decode(errors="ignore").encode()]  # UTF-8
+    files = sorted((file for file in files if file.stat().st_size), key=lambda file: file.relative_to(root).as_posix())
+    if len(files) < 2:
+        raise InputError(f"{root} has {len(files)} matching files that are not empty; two are needed (--glob?)")
+    random.Random(0).shuffle(files)
+    description = str(path or f"standard library of Python {sys.version.split()[0]}")
+    return description, {file: "val" if i < max(1, len(files) // 20) else "train" for i, file in enumerate(files)}
 
 
-def text_blocks(part: Part, bar: tqdm) -> Iterator[str | None]:
-    """The text of a part in blocks, None after each document. The bar counts bytes as they lie on the disk."""
-    decode = codecs.getincrementaldecoder("utf-8")().decode
-    stories = part.path.name.endswith(".stories.txt")  # with end-of-text written between them
-    with opened(part.path) as (raw, file):
-        place = file.seek(part.start)
-        counted, text, content = raw.tell(), "", b"go"
-        while content and place < part.end:
-            content = file.read(min(PIECE, part.end - place))
-            try:
-                text += decode(content, final=not content or place + len(content) == part.end)
-            except UnicodeDecodeError as error:
-                place += error.start
-                raise InputError(f"{part.path} is not UTF-8 text (near byte {place}); convert it first") from None
-            place += len(content)
-            bar.update(raw.tell() - counted)
-            counted = raw.tell()
-            *blocks, text = text.split(END_OF_TEXT) if stories else (text, "")
-            for block in blocks:
-                yield from (block.strip(), None) if stories else (block,)
-        if place < part.end < sys.maxsize:
-            raise InputError(f"{part.path} became shorter while it was read")
-    yield from (text.strip(), None)
-
-
-def json_blocks(part: Part, bar: tqdm) -> Iterator[str | None]:
-    """The same of JSON lines."""
-    with opened(part.path) as (raw, file):
-        counted = n = 0
-        for number, line in enumerate(file, 1):
-            moved, counted = raw.tell() - counted, raw.tell()
-            n += not line.isspace()
-            if line.isspace() or part.tenth not in (None, n % 10 == 2):
-                continue
-            bar.update(moved)
-            try:
-                text = json.loads(line)["text"]
-                text.encode()  # fails if it is no text, or half a surrogate pair
-            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-                raise InputError(f'{part.path}, line {number}: this is no JSON object with a "text" string') from None
-            yield from (text[i : i + PIECE] for i in range(0, len(text), PIECE))
-            yield None
-
-
-def batches(parts: list[Part], bar: tqdm) -> Iterator[list[str | None]]:
-    """The parts' text in lists of some PIECE characters, each string to be tokenized alone, None between documents.
-
-    Long documents are cut before a space or line end that follows something else: no token of GPT-2's
-    pattern spans such a place, and no decision of the pattern looks across it. Only a stretch of 16 pieces
-    without any is cut anywhere.
-    """
-    batch, size, text = [], 0, ""
-    for part in parts:
-        for block in (json_blocks if is_jsonl(part.path) else text_blocks)(part, bar):
-            if size >= PIECE and block:
-                yield batch
-                batch, size = [], 0
-            text += block or ""
-            cut = n = len(text)
-            if block is not None:  # the document goes on
-                places = range(n - 1, max(0, n - PIECE // 4), -1) if n >= PIECE else ()
-                anywhere = n - 1 if n >= 16 * PIECE else 0
-                cut = next((i for i in places if text[i] in " \n" and not text[i - 1].isspace()), anywhere)
-            if cut:
-                batch += [text[:cut], None] if block is None else [text[:cut]]
-                size, text = size + cut, text[cut:]
-    if batch:
-        yield batch[:-1]  # the last document's end separates nothing
-
-
-def tokenize(parts: list[Part], encoding: tiktoken.Encoding, dtype: str, bar: tqdm) -> Iterator[tuple[np.ndarray, int]]:
-    """(token ids, bytes of their text) of the parts' documents in order, end-of-text between them."""
-
-    def encode(batch: list[str | None]) -> tuple[np.ndarray, int]:
-        joined = "".join(END_OF_TEXT if text is None else text for text in batch)
-        n_bytes = (len(joined) if joined.isascii() else len(joined.encode())) - len(END_OF_TEXT) * batch.count(None)
-        if joined.count(END_OF_TEXT) == batch.count(None):  # one call for all, many small documents being slow
-            return encoding.encode_to_numpy(joined, allowed_special="all").astype(dtype), n_bytes
-        border = np.array([encoding.eot_token])  # a text has those characters in it, and they mean nothing there
-        arrays = [border if t is None else encoding.encode_to_numpy(t, disallowed_special=()) for t in batch]
-        return np.concatenate(arrays).astype(dtype), n_bytes
-
-    n_threads = os.cpu_count() or 1
-    with ThreadPoolExecutor(n_threads) as pool:
-        waiting = deque()  # bounded: the memory does not grow with the corpus
-        for batch in batches(parts, bar):
-            waiting.append(pool.submit(encode, batch))
-            if len(waiting) > 4 * n_threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Hold the lock of the data folder, so that two preparations do not write into each other's files."""
-    DATA.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        if fcntl:
-            folder = os.open(DATA, os.O_RDONLY)
-            stack.callback(os.close, folder)
-            fcntl.flock(folder, fcntl.LOCK_EX)  # waits
-        yield
-
-
-def check_replaceable(folder: Path, sources: list[Path]) -> None:
-    """Raise InputError unless data/<name> is absent, or a data set of ours that holds nothing of the source's."""
-    if any(folder.resolve() in path.resolve().parents for path in sources):
-        raise InputError(f"the text lies in {folder}, where its tokens would go: move or rename it first")
-    if folder.exists():
-        ours = {"train.bin", "val.bin", "meta.json"}
-        strangers = [folder.name] if not folder.is_dir() else sorted({path.name for path in folder.iterdir()} - ours)
-        if strangers:
-            raise InputError(f"{folder} holds something else than a data set ({strangers[0]}): move it or rename the text")
-
-
-@alone()
-def prepare(source: str, tokenizer: str = "bytes", glob: str = "*.txt", shards: int = 1) -> str:
-    """Make data/<name> from a NAME or PATH; returns the name.
-
-    An old data/<name> is replaced only when the new one is complete. Raises InputError.
-    """
-    encoding = get_encoding(tokenizer)
-    if tokenizer.endswith(".tiktoken"):
-        tokenizer = str(Path(tokenizer).resolve())
-        print("a .tiktoken file holds ranks only: splitting text with GPT-2's regular expression")
-    name, description, *splits = find_source(source, glob, shards)
-    dtype = next(t for t in ("uint8", "uint16", "uint32") if encoding.max_token_value <= np.iinfo(t).max)
-    folder = DATA / name
-    recover(folder)
-    check_replaceable(folder, [part.path for parts in splits for part in parts])
-    for path in DATA.iterdir():
-        if path.name.startswith(f".{name}.new-"):  # of a preparation that was killed
-            shutil.rmtree(path)
-    new = Path(tempfile.mkdtemp(prefix=f".{name}.new-", dir=DATA))
-    meta = {"name": name, "source": description, "tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "dtype": dtype}
-    meta["source_bytes"] = sum(path.stat().st_size for path in {part.path for split in splits for part in split})
-    sha256 = hashlib.sha256()
+def documents(path: Path, is_split: bool) -> Iterator[str]:
+    """JSON lines' texts; or a text as a whole; or if it is to be split its first 90 %, cut at a line, and the rest."""
     try:
-        with tqdm(total=meta["source_bytes"], unit="B", unit_scale=True, desc=f"tokenizing {name}") as bar:
-            for split, parts in zip(("train", "val"), splits):
-                n_tokens = n_bytes = 0
-                with open(new / f"{split}.bin", "wb") as file:
-                    for tokens, length in tokenize(parts, encoding, dtype, bar):
-                        file.write(tokens)
-                        sha256.update(tokens)
-                        n_tokens, n_bytes = n_tokens + len(tokens), n_bytes + length
-                if n_tokens == 0:
-                    raise InputError(f"{description} is too short to be split into training and validation text")
-                meta |= {f"{split}_tokens": n_tokens, f"{split}_bytes": n_bytes}
-        total = meta["train_bytes"] + meta["val_bytes"]
-        meta["bytes_per_token"] = total / (meta["train_tokens"] + meta["val_tokens"])
-        meta["sha256"] = sha256.hexdigest()  # of train.bin followed by val.bin
-        (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        new.chmod(0o755)
-        if folder.exists():
-            print(f"replacing the data/{name} that was there")
-            folder.rename(old_folder(folder))
-        new.rename(folder)
-    finally:
-        recover(folder)
-        shutil.rmtree(new, ignore_errors=True)
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            if path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
+                for number, line in enumerate(file, 1):
+                    try:
+                        if not line.isspace():
+                            (text := json.loads(line)["text"]).encode()  # fails too if it is half a surrogate pair
+                            yield text
+                    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+                        raise InputError(f'{path}, line {number}: this is no JSON object with a "text" string') from None
+            elif path.name.startswith("TinyStories"):  # with a line of end-of-text between stories
+                for ends, lines in itertools.groupby(file, lambda line: line.strip() == END_OF_TEXT.encode()):
+                    if not ends:
+                        yield b"".join(lines).decode().strip()
+            else:
+                text = file.read().decode()
+                cut = len(text) * 9 // 10 if is_split else len(text)
+                cut = text.find("\n", cut, -1) + 1 or cut  # in one huge line anywhere
+                yield from (text[:cut], text[cut:])
+    except (OSError, EOFError, UnicodeError, zlib.error) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+
+
+def pieces(files: dict[Path, str]) -> Iterator[tuple[str, str, bool]]:
+    """(split, piece of text, whether it begins a document) of all documents in order."""
+    # A long document is cut before a space or line end that follows a letter or digit. No token spans such a place: the
+    # patterns of GPT-2 and its followers begin a new word there, and in SentencePiece's vocabularies a space only begins
+    # a token. So the tokens are those of the document as a whole.
+    piece = re.compile(rf"(?s).{{{PIECE},}}?(?<=[^\W_])(?=[ \n])|.+")
+    for path, split in files.items():
+        for i, text in enumerate(documents(path, is_split=not split)):
+            for found in piece.finditer(text):
+                yield split or ("val" if i % 10 == 1 else "train"), found[0], found.start() == 0
+
+
+def prepare(source: str, tokenizer: str = "bytes", glob: str = "*.txt", shards: int = 1) -> str:
+    """Make data/<name> from a NAME or PATH; returns the name. Raises InputError.
+
+    What is there already is replaced when all of the new is written, and only if it is a data set.
+    """
+    name, path = locate(source)
+    folder, encoder = DATA / name, get_tokenizer(tokenizer)
+    there = {file.name for file in folder.iterdir()} if folder.is_dir() else {name} if os.path.lexists(folder) else set()
+    if there - {*FILES} or path and folder.resolve() in (path, *path.parents):
+        holds = f"holds {min(there - {*FILES}, default=source)}, which is no part of a data set"
+        raise InputError(f"{folder}, where the tokens would go, {holds}: move it or rename the text")
+    if not 1 <= shards <= (most := HUB[name][3] if name in HUB else 1):
+        raise InputError(f"--shards {shards}: {source} has {most}" + " (it is for c4)" * (most == 1))
+    if Path(local := tokenizer.removeprefix("hf:")).exists():  # to be found from any folder
+        tokenizer = tokenizer[: -len(local)] + str(Path(local).resolve())
+    dtype = next(t for t in DTYPES if encoder.n_vocab - 1 <= np.iinfo(t).max)
+    meta = {"name": name, "tokenizer": tokenizer, "dtype": dtype, **dict.fromkeys(COUNTS, 0)}
+    meta["vocab_size"], n_letter, sha256 = encoder.n_vocab, len(encoder.encode("a")), hashlib.sha256()
+    try:
+        DATA.mkdir(parents=True, exist_ok=True)
+        meta["source"], files = find_files(name, path, glob, shards)
+        meta["source_bytes"], stream = sum(file.stat().st_size for file in files), pieces(files)
+        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=DATA) as new, tqdm(unit="B", unit_scale=True) as bar:
+            while batch := list(itertools.islice(stream, 64)):  # tokenized on all cores
+                # LLaMA's tokenizer puts a space before each text, which is right where a document begins. A piece that
+                # continues one gets a letter in front, as it had there, whose tokens are then taken off.
+                encoded = encoder.encode_batch([text if first else "a" + text for _, text, first in batch])
+                for (split, text, first), ids in zip(batch, encoded):
+                    ids = np.asarray(ids if first else ids[n_letter:], dtype)
+                    if first and meta[f"{split}_tokens"]:
+                        ids = np.insert(ids, 0, encoder.end_of_text)
+                    with open(Path(new, f"{split}.bin"), "ab") as file:
+                        file.write(ids)
+                    meta[f"{split}_tokens"] += len(ids)
+                    meta[f"{split}_bytes"] += len(text.encode())
+                    bar.update(len(text.encode()))
+            if not meta["train_tokens"] or not meta["val_tokens"]:
+                raise InputError(f"{source} is empty, or too short to be split into training and validation text")
+            for split in ("train", "val"):
+                sha256.update(np.memmap(Path(new, f"{split}.bin"), dtype, "r"))
+            n_bytes, n_tokens = (meta[f"train_{unit}"] + meta[f"val_{unit}"] for unit in ("bytes", "tokens"))
+            meta |= {"bytes_per_token": n_bytes / n_tokens, "sha256": sha256.hexdigest()}
+            Path(new, "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+            folder.mkdir(exist_ok=True)
+            (folder / "meta.json").unlink(missing_ok=True)
+            for file in FILES:  # meta.json is the last
+                Path(new, file).replace(folder / file)
+    except ImportError:
+        raise InputError(f'{name} needs huggingface_hub: pip install -e ".[hf]"') from None
+    except (OSError, ValueError, NotImplementedError) as error:  # a full disk, no network, a bad --glob ...
+        raise InputError(f"cannot prepare {source}: {' '.join(str(error).split())}") from None
     return name
 
 
 def ensure(source: str) -> str:
     """The name of the data set for a NAME or PATH; if it is not there, it is made, with bytes as tokens."""
-    path = Path(source)
-    is_path = bool(source) and path.exists() and source not in NAMES and not (DATA / source / "meta.json").exists()
-    name = name_of(path) if is_path else source
-    recover(DATA / name)
-    if not (DATA / name / "meta.json").exists():
+    if source == Path(source).name and (DATA / source / "meta.json").exists():
+        return source
+    name, path = locate(source)
+    if path is None or not (DATA / name / "meta.json").exists():
         return prepare(source)
-    if is_path:
-        meta = load(name)[0]
-        if meta["source"] != str(path.resolve()):
-            raise InputError(f"data/{name} was prepared from another place; to replace it: prepare_data.py {source}")
-        size = meta.get("source_bytes", meta["train_bytes"] + meta["val_bytes"])
-        if path.is_file() and size != path.stat().st_size:
-            advice = f"run prepare_data.py {source}, or use the old text with --data {name}"
-            raise InputError(f"{source} has changed since data/{name} was prepared: {advice}")
+    meta = load(name)[0]
+    size = path.stat().st_size if path.is_file() else meta["source_bytes"]
+    if path != (DATA / name).resolve() and (meta["source"], meta["source_bytes"]) != (str(path), size):
+        reason = f"was prepared from another place, or {source} has changed since"
+        raise InputError(f"data/{name} {reason}: run prepare_data.py {source}, or use the old text with --data {name}")
     return name
-
-
-def old_folder(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
-
-
-def recover(folder: Path) -> None:
-    """Put the old data set back if a stop came between the two renames that replace it; else drop it."""
-    if old_folder(folder).exists() and not folder.exists():
-        old_folder(folder).rename(folder)
-    shutil.rmtree(old_folder(folder), ignore_errors=True)
 
 
 def load(name: str) -> tuple[dict, np.ndarray, np.ndarray]:
     """(meta, train tokens, val tokens) of data/<name>, the tokens memory-mapped. Raises InputError."""
     folder = DATA / name
-    recover(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        if missing := META - meta.keys():
-            raise ValueError(f"meta.json lacks {', '.join(sorted(missing))}")
-        arrays = []
-        for split in ("train", "val"):
-            path, n = folder / f"{split}.bin", meta[f"{split}_tokens"]
-            expected = n * np.dtype(meta["dtype"]).itemsize
-            if path.stat().st_size != expected:
-                raise InputError(f"{path} has {path.stat().st_size} bytes, not {expected}; run prepare_data.py again")
-            arrays.append(np.memmap(path, meta["dtype"], "r"))
-            if (highest := arrays[-1].max()) >= (n := meta["vocab_size"]):
-                raise InputError(f"{path} holds the token {highest}, the last is {n - 1}; run prepare_data.py again")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        kinds = {"name": str, "source": str, "tokenizer": str, "sha256": str, "dtype": str, "bytes_per_token": float}
+        for key, kind in (kinds | dict.fromkeys(COUNTS, int)).items():
+            if type(meta.get(key)) is not kind or kind is not str and not 0 < meta[key] < 2**63:
+                raise ValueError(f"meta.json: {key} is {meta.get(key)!r}")
+        if meta["dtype"] not in DTYPES:
+            raise ValueError(f"meta.json: dtype is {meta['dtype']!r}")
+        arrays = [np.memmap(folder / f"{split}.bin", meta["dtype"], "r") for split in ("train", "val")]
+        if [len(array) for array in arrays] != [meta["train_tokens"], meta["val_tokens"]]:
+            raise ValueError("train.bin or val.bin has another length than meta.json tells")
+        if (highest := max(array.max() for array in arrays)) >= meta["vocab_size"]:
+            raise ValueError(f"there is a token {highest}, the last is {meta['vocab_size'] - 1}")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder} is incomplete or damaged ({error}); run prepare_data.py again") from None
     return meta, *arrays
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):  # names of files may have characters that the console has not
+        stream.reconfigure(errors="replace")
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     help = f"{', '.join(NAMES)}, a folder, or a file: text or JSON lines, either also as .gz"
     parser.add_argument("source", nargs="?", default="stdlib", metavar="NAME|PATH", help=help)
-    parser.add_argument("--tokenizer", default="bytes", help="bytes (default), gpt2, or a .tiktoken file")
+    help = "bytes (default), gpt2, a .tiktoken file, or hf:NAME_OR_FOLDER, a checkpoint's on the Hugging Face hub or here"
+    parser.add_argument("--tokenizer", default="bytes", help=help)
     parser.add_argument("--glob", default="*.txt", help='which files of a folder (default "*.txt")')
     parser.add_argument("--shards", type=int, default=1, help="how many training shards of c4 (default 1)")
     args = parser.parse_args()
     try:
         meta, *_ = load(prepare(args.source, args.tokenizer, args.glob, args.shards))
-    except (InputError, OSError) as error:
+    except InputError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
     kind = f"{meta['dtype']}, vocabulary {meta['vocab_size']:,}, {meta['bytes_per_token']:.2f} bytes a token"
-    counts = f"{meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens"
-    print(f"data/{meta['name']}: {counts} ({kind})")
+    print(f"data/{meta['name']}: {meta['train_tokens']:,} training, {meta['val_tokens']:,} validation tokens ({kind})")
 
 
 if __name__ == "__main__":
