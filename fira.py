@@ -47,8 +47,7 @@ def fira_update(
     """One step on one matrix, W ← W − η c_t (α P N + b s S), with s ≤ 1 from the limiter. Returns what a log may show.
 
     φ has one number for each column, so φ∘(P R) = P (φ∘R). That saves two temporaries of W's size and a product with P:
-        α P N + b s S  =  α P N + b s φ∘(G − k P R)
-                       =  P (α N − k b s φ∘R)  +  b s φ∘G
+        α P N + b s S  =  α P N + b s φ∘(G − k P R)  =  P (α N − k b s φ∘R) + b s φ∘G
     """
     seen = {}
     inside = N * (alpha * step_size)  # (r, n), in the end η c_t (α N − k b s φ∘R)
@@ -177,7 +176,8 @@ class Fira(torch.optim.Optimizer):
             alpha, b, k = 0.0, alpha, 0.0
         elif group["scaling"] is None or P is None:  # φ = 0; or nothing is outside the subspace
             b = 0.0
-        step_size = torch.as_tensor((-1 if group["maximize"] else 1) * group["lr"] * c_t, dtype=R.dtype)
+        lr = -group["lr"] if group["maximize"] else group["lr"]
+        step_size = torch.as_tensor(lr * c_t, dtype=R.dtype, device=getattr(lr, "device", "cpu"))
         options = {"scaling": group["scaling"], "gamma": group["gamma"] or math.inf, "alpha": alpha, "b": b, "k": k}
         self.seen[p] = fira_update(W, G, P, R, N, state["prev_norm"], step_size, **options)
         if group["weight_decay"]:
@@ -218,7 +218,6 @@ class Fira(torch.optim.Optimizer):
             device = "cpu" if p.device.type == "mps" else p.device  # Apple's GPUs have no eigh
             G = oriented(p.grad, group["proj_type"]).to(device, torch.promote_types(p.dtype, torch.float32)) / size
             P = state["projection"].to(G) if state["chosen"] else None
-            state["chosen"] = True
             return self.find_projection(G, P, state["step"], group)
 
         threads = torch.get_num_threads()
@@ -228,6 +227,7 @@ class Fira(torch.optim.Optimizer):
         torch.set_num_threads(threads)  # or all threads to come would start with 1
         for (p, group), P in zip(due, list(found)):
             self.change_subspace(self.state[p], P.to(p), group)
+            self.state[p]["chosen"] = bool(P.any())
 
     def find_projection(self, G: Tensor, P: Tensor | None, step: int, group: dict) -> Tensor:
         """A new P (m, r), its columns orthonormal, for G (m, n), whose largest entry is 1, and the old P, if any."""

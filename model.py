@@ -280,15 +280,15 @@ def load_pretrained(name: str | Path, block_size: int | None = None) -> Transfor
 
     What this file does not compute is refused, by a ValueError of one line: fields and logits are compared with theirs.
     """
-    with hugging_face(name) as transformers:
-        theirs = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        given = theirs.to_dict()
+    with hugging_face(name if Path(name).exists() else f"{name} (no such folder; on the hub)") as transformers:
+        setup = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        given = setup.to_dict()
         theta = (given.get("rope_parameters") or {}).get("rope_theta", 10000.0)
         for field, values in (SUPPORTED | {"rope_parameters": [{"rope_type": "default", "rope_theta": theta}]}).items():
             if given.get(field) not in [None, *values]:
                 raise ValueError(f"{field} {given[field]!r} is not supported, only {values or None} is")
-        fields = {ours: getattr(theirs, field) for field, ours in FIELDS.items() if hasattr(theirs, field)}
-        fields |= {"kind": theirs.model_type, "rope_theta": theta}
+        fields = {ours: getattr(setup, field) for field, ours in FIELDS.items() if hasattr(setup, field)}
+        fields |= {"kind": setup.model_type, "rope_theta": theta}
         config = ModelConfig(block_size=fields["n_positions"] if block_size is None else block_size, **fields)
         theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False, attn_implementation="eager", output_loading_info=True
@@ -320,21 +320,21 @@ def export(model: Transformer, folder: str | Path, tokenizer: str | None = None,
             B, A = weights.pop(f"{name}.B"), weights.pop(f"{name}.A")
             weights[f"{name}.weight"] = torch.addmm(layer.weight, B, A, alpha=layer.scale)
     with hugging_face(folder) as transformers:
-        theirs = transformers.AutoConfig.for_model(config.kind)
-        theirs.update({field: getattr(config, ours) for field, ours in FIELDS.items() if hasattr(theirs, field)})
+        setup = transformers.AutoConfig.for_model(config.kind)
+        setup.update({field: getattr(config, ours) for field, ours in FIELDS.items() if hasattr(setup, field)})
         if config.kind == "llama":
-            theirs.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_theta}
+            setup.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_theta}
         if config.eos is None:
-            theirs.bos_token_id, theirs.eos_token_id = eos if config.bos is None else config.bos, eos
-        theirs = transformers.AutoModelForCausalLM.from_config(theirs).to(model.embedding.weight.dtype)
+            setup.bos_token_id, setup.eos_token_id = eos if config.bos is None else config.bos, eos
+        theirs = transformers.AutoModelForCausalLM.from_config(setup).to(model.embedding.weight.dtype)
         for weight, place in pairs(config.kind, weights, theirs.state_dict()):
             place.copy_(weight)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-            theirs.save_pretrained(temporary, max_shard_size="1000GB")  # one file, which goes before older shards
+        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+            theirs.save_pretrained(beside, max_shard_size="1000GB")  # one file, which goes before older shards
             if tokenizer is not None:
-                transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(temporary)
-            load_pretrained(temporary, config.block_size)
+                transformers.AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(beside)
+            load_pretrained(beside, config.block_size)
             folder.mkdir(exist_ok=True)
-            for path in Path(temporary).iterdir():
+            for path in Path(beside).iterdir():
                 path.replace(folder / path.name)
