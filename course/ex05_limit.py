@@ -3,13 +3,13 @@
 S = φ∘(G − P R) has no moments that would smooth it. When P is stale, S can be large at once and the loss jumps. Fira
 lets its norm grow by at most the factor γ = 1.01 in a step. It may shrink as it likes:
 
-    S ← S · γ / max(‖S‖ / ‖S_prev‖, γ)
+    S ← S · γ / max(‖S‖ / (‖S_prev‖ + 1e-8), γ)
 
 ‖S_prev‖ is one number for each matrix, all the memory that the limiter has. Decide, and the check will ask:
 
     - Which norm is kept for the next step: that of S before, or after it was limited?
     - There was no step before (`prev_norm` is None). What may S be?
-    - A gradient of zeros: S = 0. What is kept? (At 1 % a step the way back from 1e-8 to 1 is long. How many steps?)
+    - A gradient of zeros: S = 0. What is kept? (At 1 % a step the way back from 0 to 1 is long. How many steps?)
 
 Then make the limiter work: `spike` multiplies what P cannot see of G by a factor, and leaves PᵀG as it is.
 

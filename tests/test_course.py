@@ -10,10 +10,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from course import check, wrong  # noqa: E402
-from course.properties import Fault  # noqa: E402
+from course.oracles import Fault  # noqa: E402
 
 NUMBERS = list(check.FUNCTIONS)
-WRONG = [x for x in vars(wrong).values() if isinstance(x, type) and x.__module__ == wrong.__name__]
+WRONG = wrong.answers()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,18 +33,17 @@ def test_unsolved_file_names_the_function_to_write(number, capsys):
     assert f"write {next(iter(check.FUNCTIONS[number]))}(" in printed
 
 
-@pytest.mark.parametrize("answer", WRONG, ids=lambda answer: answer.__name__)
-def test_wrong_answer_fails_with_its_sentence(answer):
-    number, sentence = answer.__doc__.split(": ", 1)
+@pytest.mark.parametrize("number, name, sentence, answer", WRONG, ids=[f"{row[0]}: {row[1]}" for row in WRONG])
+def test_wrong_answer_fails_with_its_sentence(number, name, sentence, answer):
     with pytest.raises(Fault) as fault:
-        list(check.run(int(number), answer, "your file"))
+        list(check.run(number, answer, "your file"))
     assert sentence in str(fault.value)
     assert "?" in str(fault.value) and "\n" not in str(fault.value)
 
 
 def test_there_are_enough_wrong_answers():
     assert len(WRONG) >= 25
-    assert all(sum(x.__doc__.startswith(f"{number}: ") for x in WRONG) >= 2 for number in NUMBERS)
+    assert all(sum(row[0] == number for row in WRONG) >= 2 for number in NUMBERS)
 
 
 @pytest.mark.skipif(not (ROOT / "course" / "solutions.py").exists(), reason="a teacher deleted the solutions")
