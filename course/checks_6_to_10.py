@@ -118,7 +118,8 @@ def check_9(its):
     cost = lambda ranks: sum(min(G.shape) * r + 2 * max(G.shape) * r + 1 for G, r in zip(Gs, ranks))  # noqa: E731
     shares = [(s := torch.linalg.svdvals(G).square().cumsum(0)) / s[-1] for G in Gs]
     least, most = cost([1] * 5), cost([min(G.shape) for G in Gs])
-    for budget in (least, least + 100, (least + most) // 3, (least + most) // 2, most):
+    some = cost([int((share < 0.8).sum()) + 1 for share in shares])
+    for budget in (least, least + 100, some, some - 1, (least + most) // 2, most):
         came = [int(r) for r in its.ranks_within(list(Gs), budget)]
         must(len(came) == 5, f"there are {len(came)} ranks for 5 matrices")
         must(min(came) >= 1, f"the ranks are {came}, should be at least 1")
@@ -141,9 +142,8 @@ def check_9(its):
 def check_10(its):
     x, y = randn(201, seed=1).exp(), randn(201, seed=2).exp()
     y = x + y
-    for low, what, want in ((x, "itself", 1.0), (x**3, "its cubes", 1.0), (1 / x, "its reciprocals", -1.0)):
-        rho, _ = its.similarity(low, x)
-        must(abs(rho - want) < 1e-10, f"rho of a vector and {what} came out {rho:.4f}, should be {want:.0f}: is it the places in the order that you correlate?")
+    rho, _ = its.similarity(x**3, x)
+    must(abs(rho - 1) < 1e-10, f"rho of a vector and its cubes came out {rho:.4f}, should be 1: is it the places in the order that you correlate?")
     places = [(v[:, None] > v).sum(1).double() for v in (x, y)]
     want = 1 - 6 * (places[0] - places[1]).square().sum().item() / (201 * (201**2 - 1))
     rho, level = its.similarity(x, y)

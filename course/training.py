@@ -1,16 +1,18 @@
-"""--train: a student's function in a real run of 150 steps, its loss drawn over ours. And φ of a short run, for exercise 10."""
+"""--train: a student's function in a real run of 150 steps, its loss drawn over ours."""
 
 import json
 import math
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 import fira
+import prepare_data
+import train
 from fira import Fira, oriented
+from prepare_data import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -105,27 +107,24 @@ VARIANTS = {  # of each exercise: what its function is compared with, and the op
 }
 
 
-def train(number: int, its) -> int:
+def train_with(number: int, its) -> None:
     """150 steps with the student's function, and the baseline, unless this machine has it already; then the picture."""
     if number not in VARIANTS:
-        return sys.exit(f"there is nothing to train in exercise {number}; --train is for 2, 4, 5, 8 and 9")
-    import prepare_data
-    import train
+        raise InputError(f"there is nothing to train in exercise {number}; --train is for 2, 4, 5, 8 and 9")
 
     os.chdir(ROOT)  # data/ and out/ are there
     optimizer, variant = VARIANTS[number]
     data, out, curves = prepare_data.ensure("stdlib"), "out/course", {}
     for name, cls in ((optimizer, None), (f"ex{number:02}", variant(its))):
-        config = train.Config(optimizer, variant=cls and name, data=data, steps=150, out=out, name=name).resolve()
+        config = train.Config(optimizer, variant=cls and name, data=data, steps=150, eval_interval=50, out=out, name=name).resolve()
         if not (cls is None and same_run(config)):
             train.load_variant = lambda _: cls
-            train.train(config)
+            train.train(config, [], None)
         log = [json.loads(line) for line in (config.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         curves[f"ours: {optimizer}" if cls is None else f"yours: exercise {number}"] = log
     for label, log in curves.items():
         print(f"{label:24} validation loss after 150 steps: {log[-1]['val_loss']:.4f}")
     draw(curves, Path(out) / f"ex{number:02}.png")
-    return 0
 
 
 def same_run(config) -> bool:
