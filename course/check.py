@@ -1,10 +1,10 @@
 """Check your answers to the exercises.
 
-    python course/check.py 0            is this machine ready?
-    python course/check.py 3            check exercise 3
-    python course/check.py 3 --hint     the next of its three hints
-    python course/check.py 4 --train    train 150 steps with your function, and draw its loss over ours (2, 4, 5, 8, 9)
-    python course/check.py all          check all ten
+python course/check.py 0            is this machine ready?
+python course/check.py 3            check exercise 3
+python course/check.py 3 --hint     the next of its three hints
+python course/check.py 4 --train    train 150 steps with your function, and draw its loss over ours (2, 4, 5, 8, 9)
+python course/check.py all          check all ten
 """
 
 import argparse
@@ -35,9 +35,10 @@ NUMBERS = ("number", "norm", "list")  # what need not be a tensor
 
 def run(number: int, module, where: str):
     """Yield what the check of an exercise shows of a module's functions. Raises Fault."""
-    from course import checks_1_to_5, checks_6_to_10
+    from course import checks_1_to_3, checks_4_to_6, checks_7_to_10
 
-    yield from getattr(checks_1_to_5 if number <= 5 else checks_6_to_10, f"check_{number}")(answers(number, module, where))
+    checks = vars(checks_1_to_3) | vars(checks_4_to_6) | vars(checks_7_to_10)
+    yield from checks[f"check_{number}"](answers(number, module, where))
 
 
 def answers(number: int, module, where: str) -> SimpleNamespace:
@@ -126,7 +127,9 @@ def ready() -> bool:
     print(f"Python {sys.version.split()[0]}" + ("" if good else ": must be 3.10 or later"))
     for name, need in (("torch", True), ("numpy", True), ("tqdm", True), ("tiktoken", True), ("matplotlib", False)):
         found = importlib.util.find_spec(name)
-        print(f"{name:12}{'there' if found else 'missing: pip install -e . needs it' if need else 'missing: no pictures'}")
+        print(
+            f"{name:12}{'there' if found else 'missing: pip install -e . needs it' if need else 'missing: no pictures'}"
+        )
         good &= bool(found) or not need
     print("ready: python course/check.py 1" if good else "not ready")
     return good

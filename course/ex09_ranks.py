@@ -3,7 +3,7 @@
 One rank for all matrices is a guess. Some gradients have a few large singular values, others many. Look at the energy
 that the first r of them hold, (σ₁² + … + σᵣ²) / (σ₁² + … + σₘ²), and take what is needed:
 
-    rank_for(G, q)               the smallest r whose energy is at least q of all; q = 1 means all of them that are not 0
+    rank_for(G, q)               the smallest r whose energy is at least q of all; q = 1 means all that is not 0
     ranks_within(Gs, budget)     a rank for each G, from one q for all: the largest q whose ranks, with `numbers` below,
                                  cost no more than the budget, in numbers of state; every rank at least 1
 

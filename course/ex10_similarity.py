@@ -8,9 +8,9 @@ order, then correlate. Write it, and the figure that it cannot see:
     rho      Spearman's correlation of two vectors (no two numbers in one of them are equal)
     level    the median of low / full: is the one as large as the other?
 
-The check then trains a small language model for 40 steps at rank 32, on the sources of your own Python, with the
-subspace changed after step 30. Beside it Adam's moments of the full gradient are kept, so there are φ (low) and φ (full)
-for each column at each step. It asserts rho ≥ 0.93 over matrices (of their mean φ) and ≥ 0.8 over columns.
+The check then trains a small language model for 21 steps at rank 32, on the sources of your own Python; the
+subspace changes after step 20. Adam's moments of the full gradient are kept beside it, so there are φ (low) and φ
+(full) for each column at each step. It asserts rho ≥ 0.93 over matrices (of their mean φ) and ≥ 0.8 over columns.
 
 Then doubt it. Nobody knows all the answers:
 
@@ -41,8 +41,8 @@ if __name__ == "__main__":
     from pathlib import Path
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from course.similarity import phis
+    from course.short_run import phis
 
-    for step, pairs in phis(steps=(10, 20, 30, 31, 40)).items():
+    for step, pairs in phis(steps=(5, 10, 20, 21, 30, 40)).items():
         columns = [torch.cat([pair[i] for pair in pairs]) for i in (0, 1)]
         print(f"step {step}: over columns rho {similarity(*columns)[0]:.3f}, level {similarity(*columns)[1]:.3f}")

@@ -28,7 +28,7 @@ HINTS = {
         "N.norm(dim=0) / (R.norm(dim=0) + eps)",
     ),
     5: (
-        "Three cases come before the formula: no step before, zeros, and the usual one. Which number goes back in each?",
+        "Three cases come before the formula: no step before, zeros, and the usual one. What is kept in each?",
         "factor = gamma / max(norm / (prev_norm + 1e-8), gamma) is never above 1. What has the norm S has after it?",
         "Zeros: return S, prev_norm. Otherwise keep norm * factor. "
         "spike: G is inside + outside with inside = P @ (P.T @ G).",
@@ -40,7 +40,7 @@ HINTS = {
     ),
     7: (
         "align: column i of P_new and column i of P_old have one dot product. rotate: this is a least-squares problem.",
-        "The dot products are (P_new * P_old).sum(0). And for orthonormal columns the pseudo-inverse of P_new is P_newᵀ.",
+        "The dot products are (P_new * P_old).sum(0). The pseudo-inverse of orthonormal columns is P_newᵀ.",
         "torch.where(dots < 0, -P_new, P_new), since sign(0) would be 0. M_new = P_newᵀ (P_old M).",
     ),
     8: (

@@ -1,4 +1,4 @@
-"""What the checks are made of: a fault in one sentence, seeded matrices, and oracles that are not the student's formulas."""
+"""What the checks are made of: faults, seeded matrices, and oracles written another way than the exercises ask for."""
 
 import math
 
@@ -9,7 +9,7 @@ PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "addbmm", "ad
 
 
 class Fault(Exception):
-    """What is wrong with an answer: one sentence."""
+    """What is wrong with an answer: what came out, what should, and a question that helps."""
 
 
 def must(holds, sentence: str) -> None:
@@ -25,7 +25,15 @@ def off(X, Y) -> float:
 
 
 def size(X) -> str:
-    return "×".join(map(str, X.shape))
+    return "×".join(map(str, X.shape)) or "a single number"
+
+
+def zeros(*shape):
+    return torch.zeros(*shape, dtype=torch.float64)
+
+
+def eye(m: int):
+    return torch.eye(m, dtype=torch.float64)
 
 
 def randn(*shape, seed: int = 0):
@@ -33,30 +41,32 @@ def randn(*shape, seed: int = 0):
 
 
 def basis(m: int, r: int, seed: int = 0):
+    """Random orthonormal columns (m, r)."""
     return torch.linalg.qr(randn(m, r, seed=seed)).Q
 
 
 def moments(Rs) -> tuple:
-    """Adam's M and V after the last of the R's, as sums and not as recursions."""
+    """Adam's M and V after the last of the R's, as sums and not step by step."""
     T = len(Rs)
     M = sum(0.1 * 0.9 ** (T - s) * R for s, R in enumerate(Rs, 1))
     return M, sum(0.001 * 0.999 ** (T - s) * R.square() for s, R in enumerate(Rs, 1))
 
 
-def inside(kind: str):
-    """An optimizer inside the subspace: a function of R that gives N, and remembers."""
-    seen = []
+class Inner:
+    """An optimizer inside the subspace, "SGD", "momentum" or "Adam": called with R it gives N, and remembers."""
 
-    def step(R):
-        seen.append(R)
-        if kind == "SGD":
+    def __init__(self, kind: str):
+        self.kind, self.Rs = kind, []
+
+    def __call__(self, R):
+        self.Rs.append(R)
+        t = len(self.Rs)
+        if self.kind == "SGD":
             return R
-        if kind == "momentum":
-            return sum(0.9 ** (len(seen) - s) * R for s, R in enumerate(seen, 1))
-        (M, V), t = moments(seen), len(seen)
+        if self.kind == "momentum":
+            return sum(0.9 ** (t - s) * R for s, R in enumerate(self.Rs, 1))
+        M, V = moments(self.Rs)
         return math.sqrt(1 - 0.999**t) / (1 - 0.9**t) * M / (V.sqrt() + 1e-30)
-
-    return step
 
 
 class Counter(TorchDispatchMode):
@@ -64,10 +74,10 @@ class Counter(TorchDispatchMode):
 
     products = largest = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {x.untyped_storage().data_ptr() for x in (*args, *(kwargs or {}).values()) if isinstance(x, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        self.products += func.overloadpacket.__name__ in PRODUCTS
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        out = function(*args, **(kwargs or {}))
+        self.products += function.overloadpacket.__name__ in PRODUCTS
         for x in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
                 self.largest = max(self.largest, x.numel())

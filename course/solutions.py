@@ -113,7 +113,9 @@ def blocks(X: Tensor) -> Tensor:
 def pack(V: Tensor) -> tuple[Tensor, Tensor]:
     B = blocks(V)
     scales = B.amax(dim=1).float()
-    codes = (B / scales.clamp(min=1e-38)[:, None]).sqrt().mul(255).ceil().clamp(max=255)  # float32 may round a scale down
+    codes = (
+        (B / scales.clamp(min=1e-38)[:, None]).sqrt().mul(255).ceil().clamp(max=255)
+    )  # float32 may round a scale down
     return codes.to(torch.uint8).flatten()[: V.numel()], scales
 
 
@@ -146,7 +148,7 @@ def ranks_within(Gs: list[Tensor], budget: int) -> list[int]:
 
 
 # 10. argsort twice is the place in the order. A leading singular vector has more of G than others: ‖R‖ is larger than
-#     its share of the rows, N is not, so φ low falls below φ full whenever P is fresh. Order survives that, level does not.
+#     its share of the rows, N is not, so φ low is below φ full while P is fresh. Order survives that, level does not.
 
 
 def similarity(low: Tensor, full: Tensor) -> tuple[float, float]:

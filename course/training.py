@@ -14,7 +14,7 @@ import train
 from fira import Fira, oriented
 from prepare_data import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT, OUT = Path(__file__).resolve().parent.parent, "out/course"
 
 
 def galore(its) -> type[Fira]:
@@ -111,24 +111,28 @@ def train_with(number: int, its) -> None:
     """150 steps with the student's function, and the baseline, unless this machine has it already; then the picture."""
     if number not in VARIANTS:
         raise InputError(f"there is nothing to train in exercise {number}; --train is for 2, 4, 5, 8 and 9")
-
-    os.chdir(ROOT)  # data/ and out/ are there
     optimizer, variant = VARIANTS[number]
-    data, out, curves = prepare_data.ensure("stdlib"), "out/course", {}
-    for name, cls in ((optimizer, None), (f"ex{number:02}", variant(its))):
-        config = train.Config(optimizer, variant=cls and name, data=data, steps=150, eval_interval=50, out=out, name=name).resolve()
-        if not (cls is None and same_run(config)):
-            train.load_variant = lambda _: cls
-            train.train(config, [], None)
-        log = [json.loads(line) for line in (config.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        curves[f"ours: {optimizer}" if cls is None else f"yours: exercise {number}"] = log
+    ours, yours = run(optimizer), run(optimizer, name=f"ex{number:02}", variant=variant(its))
+    curves = {f"ours: {optimizer}": ours, f"yours: exercise {number}": yours}
     for label, log in curves.items():
         print(f"{label:24} validation loss after 150 steps: {log[-1]['val_loss']:.4f}")
-    draw(curves, Path(out) / f"ex{number:02}.png")
+    draw(curves, Path(OUT) / f"ex{number:02}.png")
 
 
-def same_run(config) -> bool:
-    """Is there a finished run with this configuration?"""
+def run(optimizer: str, seed: int = 0, name: str | None = None, variant: type[Fira] | None = None) -> list[dict]:
+    """The log of 150 steps; a run without a variant that this machine has finished is not made again."""
+    os.chdir(ROOT)  # data/ and out/ are there
+    name, data = name or optimizer + f"-seed{seed}" * (seed > 0), prepare_data.ensure("stdlib")
+    options = {"data": data, "steps": 150, "eval_interval": 50, "seed": seed, "out": OUT, "name": name}
+    config = train.Config(optimizer, variant=variant and name, **options).resolve()
+    if variant or not finished(config):
+        train.load_variant = lambda _: variant
+        train.train(config, [], None)
+    return [json.loads(line) for line in (config.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def finished(config: train.Config) -> bool:
+    """Is there a run with this very configuration that came to its end?"""
     try:
         stored = json.loads((config.folder / "config.json").read_text(encoding="utf-8"))
     except OSError:
@@ -141,7 +145,9 @@ def draw(curves: dict[str, list[dict]], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return print("no picture without matplotlib: pip install matplotlib")
-    axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).add_subplot(xlabel="step", ylabel="loss, nats a byte")
+    axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).add_subplot(
+        xlabel="step", ylabel="loss, nats a byte"
+    )
     for (label, log), style in zip(curves.items(), ("C7-", "C1--")):
         axes.plot([e["step"] for e in log], [e["loss"] for e in log], style, alpha=0.35)
         seen = [e for e in log if "val_loss" in e]

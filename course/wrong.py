@@ -1,4 +1,4 @@
-"""Typical wrong answers, each with a piece of the sentence that the check must say. tests/test_course.py tries them all.
+"""Typical wrong answers, each with a piece of the sentence that the check must say (tests/test_course.py).
 
 A row of WRONG: exercise, what is wrong, the sentence, and the functions (those that are right stand beside it).
 """
@@ -30,7 +30,11 @@ def galore(square=2, corrected=None, late_eps=False, factor=1.0):
         R, s = P.T @ G, corrected or t
         M, V = beta1 * M + (1 - beta1) * R, beta2 * V + (1 - beta2) * R.abs() ** square
         root = math.sqrt(1 - beta2**s)
-        return W - factor * lr * root / (1 - beta1**s) * alpha * P @ (M / (V.sqrt() + eps * (root if late_eps else 1))), M, V
+        return (
+            W - factor * lr * root / (1 - beta1**s) * alpha * P @ (M / (V.sqrt() + eps * (root if late_eps else 1))),
+            M,
+            V,
+        )
 
     return galore_step
 
@@ -166,23 +170,23 @@ RIGHT |= {"fused_step": fused, "limit": limiter(), "spike": outside, "align": fl
 RIGHT |= {"state_numbers": lambda m, n, r: (min(m, n) * r if r < min(m, n) else 0) + 2 * r * max(m, n) + 1}
 
 WRONG = [
-    (1, "the smallest singular vectors", "Which singular vectors did you take?",
+    (1, "the smallest singular vectors", "Which vectors did you take?",
      {"project": both_sides(lambda G, r: svd(G)[0][:, -r:])}),
     (1, "the left side always", "which side is the short one?",
      {"project": lambda G, r: (svd(G)[0][:, :r], svd(G)[0][:, :r].T @ G)}),
     (1, "singular vectors times singular values", "are P's columns of length 1",
      {"project": both_sides(lambda G, r: (svd(G)[0] * svd(G)[1])[:, :r])}),
-    (1, "an orthonormal basis of the first r columns", "and the best of 50 random bases has",
+    (1, "an orthonormal basis of the first r columns", "50 random bases: at most",
      {"project": both_sides(lambda G, r: torch.linalg.qr(G[:, :r]).Q)}),
     (1, "R = Vᵀ, without σ", "where does your R come from?",
-     {"project": lambda G, r: (svd(G)[0][:, :r], svd(G)[2][:r]) if len(G) < len(G.T) else (svd(G)[2][:r].T, svd(G)[0])}),
+     {"project": lambda G, r: (svd(G)[0][:, :r], svd(G)[2][:r]) if len(G) < 8 else (svd(G)[2][:r].T, svd(G)[0])}),
     (2, "no bias correction", "the first step is 3.16 times as long", {"galore_step": uncorrected}),
     (2, "no α", "the first step is 4 times as long", {"galore_step": galore(factor=4)}),
     (2, "moments of G", "whose moments are they, G's or R's?", {"galore_step": moments_of_G}),
     (2, "the bias correction of step 1 for ever", "what must change with t?", {"galore_step": galore(corrected=1)}),
-    (2, "ε after the bias correction", "where is ε added", {"galore_step": galore(late_eps=True)}),
+    (2, "ε after the bias correction", "is ε added before or after", {"galore_step": galore(late_eps=True)}),
     (2, "up the gradient", "should go down", {"galore_step": galore(factor=-1)}),
-    (2, "V of |R|, not of R²", "of what power of R?", {"galore_step": galore(square=1)}),
+    (2, "V of |R|, not of R²", "which power of R?", {"galore_step": galore(square=1)}),
     (2, "M starts again with P", "is all of M and V kept", {"galore_step": forgets_at_ten}),
     (3, "the formula as it is written", "products were counted, should be 2", {"fused_step": as_written}),
     (3, "a temporary of W's size", "a new tensor of 96 numbers was made", {"fused_step": large_temporary}),
@@ -192,50 +196,64 @@ WRONG = [
     (3, "G overwritten", "which operation with _ wrote to it?", {"fused_step": writes_to_G}),
     (3, "a counterexample that is none", "leave the span of P?",
      {"counterexample": lambda: (torch.eye(4)[:, :2], torch.ones(2, 3), torch.arange(4.0))}),
-    (4, "norms of rows", "over which dimension", {"scaling": lambda N, R, eps=1e-8: N.norm(dim=1) / (R.norm(dim=1) + eps)}),
+    (4, "norms of rows", "over which dimension",
+     {"scaling": lambda N, R, eps=1e-8: N.norm(dim=1) / (R.norm(dim=1) + eps)}),
     (4, "upside down", "φ is upside down", {"scaling": lambda N, R, eps=1e-8: R.norm(dim=0) / (N.norm(dim=0) + eps)}),
-    (4, "one for the matrix", "that is the paper's Fira-matrix", {"scaling": lambda N, R, eps=1e-8: N.norm() / (R.norm() + eps)}),
+    (4, "one for the matrix", "that is the paper's Fira-matrix",
+     {"scaling": lambda N, R, eps=1e-8: N.norm() / (R.norm() + eps)}),
     (4, "elementwise", "is it elementwise?", {"scaling": lambda N, R, eps=1e-8: N / (R + eps)}),
     (4, "no ε", "columns of zeros got φ = nan", {"scaling": lambda N, R, eps=1e-8: N.norm(dim=0) / R.norm(dim=0)}),
-    (4, "squared norms", "Is a root missing?", {"scaling": lambda N, R, eps=1e-8: (N**2).sum(0) / ((R**2).sum(0) + eps)}),
+    (4, "squared norms", "Is a root missing?",
+     {"scaling": lambda N, R, eps=1e-8: (N**2).sum(0) / ((R**2).sum(0) + eps)}),
     (5, "the free norm is stored", "which norm did you store?", {"limit": limiter(store_free=True)}),
     (5, "a norm of zero is stored", "and 1 passes 1,388 steps later", {"limit": limiter(store_zero=True)}),
-    (5, "the norm before the first step is 0", "what is there to compare with?", {"limit": limiter(first=0.0)}),
+    (5, "the norm before the first step is 0", "what is it compared with?", {"limit": limiter(first=0.0)}),
     (5, "γ is always 1.01", "do you use `gamma`?", {"limit": limiter(fixed_gamma=True)}),
     (5, "always as large as allowed", "what is the max for?", {"limit": always_grows}),
-    (5, "no limit", "after the spike ‖S‖ grew by 57.3; the limiter allows 1.01", {"limit": lambda S, p, gamma=1.01: (S, S.norm().item())}),
-    (5, "each number is limited", "multiplied by the same factor?", {"limit": each_number}),
-    (5, "clipping at 1", "what is there to compare with?", {"limit": lambda S, p, gamma=1.01: (S / max(1, S.norm().item()), 1.0)}),
+    (5, "no limit", "after the spike ‖S‖ grew by 57.3; the limiter allows 1.01",
+     {"limit": lambda S, p, gamma=1.01: (S, S.norm().item())}),
+    (5, "each number is limited", "multiplied by one factor?", {"limit": each_number}),
+    (5, "clipping at 1", "what is it compared with?",
+     {"limit": lambda S, p, gamma=1.01: (S / max(1, S.norm().item()), 1.0)}),
     (5, "the whole gradient spikes", "which part does P see?", {"spike": lambda G, P, factor: factor * G}),
-    (6, "P is forgotten", "Which of these is yours?", {"state_numbers": lambda m, n, r: 2 * r * max(m, n) + 1}),
-    (6, "m is always the short side", "40×24 at rank 8", {"state_numbers": lambda m, n, r: RIGHT["state_numbers"](min(m, n), n, r) if m <= n else m * r + 2 * r * n + 1}),
-    (6, "the limiter's number is forgotten", "‖S_prev‖ 1", {"state_numbers": lambda m, n, r: RIGHT["state_numbers"](m, n, r) - 1}),
+    (6, "P is forgotten", "Which of these are yours?", {"state_numbers": lambda m, n, r: 2 * r * max(m, n) + 1}),
+    (6, "m is always the short side", "40×24, rank 8",
+     {"state_numbers": lambda m, n, r: m * r * (r < m) + 2 * r * n + 1}),
+    (6, "the limiter's number is forgotten", "‖S_prev‖ 1",
+     {"state_numbers": lambda m, n, r: RIGHT["state_numbers"](m, n, r) - 1}),
     (6, "one moment only", "on which side of the equation is r?", {"break_even": lambda m, n: 2 * m * n / (m + n)}),
-    (7, "align by the largest entry", "point against the one they replace",
+    (7, "align by the largest entry", "vectors point against the old one",
      {"align": lambda new, old: new * new.gather(0, new.abs().argmax(0, keepdim=True)).sign()}),
     (7, "align by sign(0)", "what is sign(0)?", {"align": lambda new, old: new * (new * old).sum(0).sign()}),
     (7, "align to the old vectors", "align changed more than signs", {"align": lambda new, old: old}),
     (7, "M stays", "what is the nearest P_new X to a matrix?", {"rotate": lambda M, old, new: M}),
-    (7, "rotate the wrong way", "what is the nearest P_new X to a matrix?", {"rotate": lambda M, old, new: old.T @ (new @ M)}),
-    (8, "V linearly, to nearest", "of V became 0, and an update grew", codec(power=1.0, rounding=torch.round)),
-    (8, "√V to nearest", "what is the smallest number that does not round to 0?", codec(rounding=torch.round)),
-    (8, "V linearly, rounded up", "in V, or in √V?", codec(power=1.0)),
+    (7, "rotate the wrong way", "what is the nearest P_new X to a matrix?",
+     {"rotate": lambda M, old, new: old.T @ (new @ M)}),
+    (8, "V linearly, to nearest", "of V became 0, an update grew", codec(power=1.0, rounding=torch.round)),
+    (8, "√V to nearest", "What never rounds to 0?", codec(rounding=torch.round)),
+    (8, "V linearly, rounded up", "in V or in √V?", codec(power=1.0)),
     (8, "one scale for all", "√V is off by", codec(whole=True)),
-    (8, "rounded up to 256, of which a byte makes 0", "should be uint8", {**codec(), "pack": lambda V: (torch.ones(V.numel(), dtype=torch.int32), torch.ones(-(-V.numel() // 256)))}),
+    (8, "codes are not bytes", "should be uint8",
+     {"pack": lambda V: (V, V), "unpack": lambda codes, scales, shape: codes}),
     (8, "256 steps", "which way do you round?", codec(top=256)),
     (9, "σ instead of σ²", "is the energy a sum of σ, or of σ²", {"rank_for": ranker(power=1)}),
     (9, "one too many", "should be 1", {"rank_for": ranker(count=1)}),
-    (9, "the limiter's numbers are not counted", "is the limiter's one number of each counted?", {"ranks_within": within(overhead=0)}),
+    (9, "the limiter's numbers are not counted", "is the limiter's one number of each counted?",
+     {"ranks_within": within(overhead=0)}),
     (9, "q in steps of a tenth", "is your q the largest?", {"ranks_within": within(step=0.1)}),
-    (9, "a budget that is too small is overrun", "who would notice the memory?", {"ranks_within": within(step=1e-3, refuse=False)}),
-    (10, "Pearson", "is it the places in the order that you correlate?", {"similarity": lambda a, b: (correlate(a, b), level(a, b))}),
+    (9, "a budget that is too small is overrun", "who would notice?", {"ranks_within": within(refuse=False)}),
+    (10, "Pearson", "do you correlate places in the order?",
+     {"similarity": lambda a, b: (correlate(a, b), level(a, b))}),
     (10, "argsort once", "the place of each number or the number of each place?",
      {"similarity": lambda a, b: (correlate(a.argsort(), b.argsort()), level(a, b))}),
     (10, "full / low", "is it the median of low / full",
      {"similarity": lambda a, b: (correlate(places(a), places(b)), level(b, a))}),
-    (10, "a mean", "not a mean?", {"similarity": lambda a, b: (correlate(places(a), places(b)), (a / b).mean().item())}),
+    (10, "a mean", "is it the median of low / full",
+     {"similarity": lambda a, b: (correlate(places(a), places(b)), (a / b).mean().item())}),
 ]  # fmt: skip
 
 
 def answers() -> list[tuple[int, str, str, SimpleNamespace]]:
-    return [(number, name, sentence, SimpleNamespace(**RIGHT | functions)) for number, name, sentence, functions in WRONG]
+    return [
+        (number, name, sentence, SimpleNamespace(**RIGHT | functions)) for number, name, sentence, functions in WRONG
+    ]

@@ -87,7 +87,11 @@ def other_fused_step(W, G, P, N, phi, lr, alpha):
 
 
 def other_counterexample():
-    return torch.eye(3, dtype=torch.float64)[:, :1] * 0.6 + torch.eye(3)[:, 1:2] * 0.8, torch.ones(1, 5), torch.arange(3)
+    return (
+        torch.eye(3, dtype=torch.float64)[:, :1] * 0.6 + torch.eye(3)[:, 1:2] * 0.8,
+        torch.ones(1, 5),
+        torch.arange(3),
+    )
 
 
 def other_scaling(N, R, eps=1e-8):

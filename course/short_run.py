@@ -1,4 +1,4 @@
-"""φ of a low rank and φ of the full rank, side by side in one short run: for exercise 10 and figures.py."""
+"""A short run of a small model on the sources of your own Python, looked into: for exercise 10 and the pictures."""
 
 import sysconfig
 from pathlib import Path
@@ -35,20 +35,24 @@ def own_sources(size: int = 2**20) -> torch.Tensor:
     return torch.frombuffer(bytearray(text[:size]), dtype=torch.uint8).long()
 
 
-def phis(steps=(30, 31, 40), rank: int = 32, gap: int = 30, seed: int = 0) -> dict[int, list]:
-    """By step, a pair (φ low, φ full) for each matrix of a small model, in training on Python's own sources."""
+def short_run(optimizer_class=Fira, last: int = 60, seed: int = 0, before_step=None, **options):
+    """Train a nano model and yield (step, optimizer, model) after each step, its gradients still there."""
     torch.manual_seed(seed)
     model, text = Transformer(ModelConfig.preset("nano", 257, 64)), own_sources()
-    optimizer = Shadowed(param_groups(model, rank, update_proj_gap=gap), lr=1e-2)
-    generator, found = torch.Generator().manual_seed(seed), {}
-    for step in range(1, max(steps) + 1):
+    optimizer, generator = optimizer_class(param_groups(model, **options)), torch.Generator().manual_seed(seed)
+    for step in range(1, last + 1):
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * min(1, step / 10)
-        starts = torch.randint(len(text) - 65, (16, 1), generator=generator)
-        w = text[starts + torch.arange(65)]  # (16, 65)
+        w = text[torch.randint(len(text) - 65, (16, 1), generator=generator) + torch.arange(65)]  # (16, 65)
         optimizer.zero_grad()
         model(w[:, :-1], w[:, 1:]).backward()
+        if before_step:
+            before_step(step, optimizer)
         optimizer.step()
-        if step in steps:
-            found[step] = optimizer.pairs
-    return found
+        yield step, optimizer, model
+
+
+def phis(steps=(20, 21), gap: int = 20) -> dict[int, list]:
+    """By step, a pair (φ low, φ full) for each matrix."""
+    run = short_run(Shadowed, max(steps), rank=32, update_proj_gap=gap)
+    return {step: optimizer.pairs for step, optimizer, _ in run if step in steps}
