@@ -106,4 +106,4 @@ def check_6(its):
         ours, adam = r * (min(m, n) + 2 * max(m, n)), 2 * m * n
         there = f"{m}×{n}: at rank {r:.1f} P, M and V are {ours:,.0f} numbers"
         must(abs(ours / adam - 1) < 0.002, f"{there}, should be Adam's {adam:,}: on which side of the equation is r?")
-        yield f"{there}, as many as Adam's: no saving from {r:.0f} on"
+        yield f"{there}, Adam's too: above {r:.0f} nothing is saved"

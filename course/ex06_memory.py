@@ -18,6 +18,7 @@ Before you write: for a square matrix, is that rank a quarter, a half, or two th
 
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -34,23 +35,26 @@ def break_even(m: int, n: int) -> float:
     raise NotImplementedError
 
 
-# %% Measure it: three steps for 8 matrices of 1024×1024 at rank 64, by each optimizer in a process of its own
+# %% Measure it: three steps for 24 matrices of 1024×1024 at rank 64, by each optimizer in a process of its own
 
 
 def peak_mb() -> float:
-    """The largest memory that this process has held, in 10⁶ bytes."""
-    import resource  # not on Windows: look at the Task Manager there
+    """The largest memory that this process has held, in 10⁶ bytes; nan on Windows: look at the Task Manager there."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    if sys.platform != "darwin":
+        return float("nan")
+    import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def three_steps(rank: int | None) -> None:
-    from pathlib import Path
-
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from fira import Fira
 
-    weights = [torch.nn.Parameter(torch.randn(1024, 1024)) for _ in range(8)]
+    weights = [torch.nn.Parameter(torch.randn(1024, 1024)) for _ in range(24)]
     optimizer = Fira([{"params": weights, "rank": rank}])
     for w in weights:
         w.grad = torch.randn(1024, 1024)
@@ -65,5 +69,5 @@ if __name__ == "__main__":
         three_steps(int(sys.argv[1]) or None)
     else:
         for rank, numbers in ((0, 2 * 1024**2), (64, state_numbers(1024, 1024, 64))):
-            print(f"\nby hand: {8 * 4 * numbers / 1e6:.0f} MB of state. More was measured than that? What is it for?")
+            print(f"by hand: {24 * 4 * numbers / 1e6:.0f} MB of state. If more is measured: what is it for?", flush=True)
             subprocess.run([sys.executable, __file__, str(rank)], check=True)

@@ -32,7 +32,7 @@ def gradient(data):
     G, PR = data["G"], data["PR"]
     share = (PR**2).sum() / (G**2).sum()
     size = np.quantile(abs(G), 0.99)
-    titles = "G", f"P R, r = 32: {share:.0%} of the energy", "G − P R, the rest"
+    titles = "G", f"P R, r = 4: {share:.0%} of the energy", "G − P R, the rest"
     for ax, X, title in zip(axes, (G, PR, G - PR), titles):
         image = ax.imshow(X, cmap="RdBu", vmin=-size, vmax=size)
         ax.set(title=title, xticks=[], yticks=[])
@@ -46,7 +46,7 @@ def spectra(data):
         if name.startswith("sigma"):
             s = data[name]
             share = (s[:32] ** 2).sum() / (s**2).sum()
-            ax.plot(np.arange(1, len(s) + 1) / len(s), s / s[0], label=f"block {name[6:]}: r holds {share:.0%}")
+            ax.plot(np.arange(1, len(s) + 1) / len(s), s / s[0], label=f"block {name[6:]}: r holds {share:.2%}")
     ax.axvline(32 / 128, color="grey", linestyle=":", label="r = 32 of 128")
     ax.legend()
     return figure
@@ -60,8 +60,8 @@ def phi(data):
         ax.scatter(full, low, s=2, alpha=0.4)
         ends = [full.min(), full.max()]
         ax.plot(ends, ends, color="grey")
-        ax.set(title=f"step {step}, {when} the subspace changes: level {np.median(low / full):.2f}")
-    axes[0].set_ylabel("φ of rank 32, one dot for each column")
+        ax.set(title=f"{when} the subspace changes: level {np.median(low / full):.2f}")
+    axes[0].set(ylabel="φ of rank 32, one dot for each column")
     return figure
 
 
@@ -87,8 +87,8 @@ def loss(curves):
 
 
 def memory(data):
-    figure, ax = picture(ylabel="10⁶ bytes, eight matrices of 1024×1024")
-    by_hand = [8 * 4 * (2 * 1024**2 if not int(r) else 3 * 1024 * int(r) + 1) / 1e6 for r in data]
+    figure, ax = picture(ylabel="10⁶ bytes, 24 matrices of 1024×1024")
+    by_hand = [24 * 4 * (2 * 1024**2 if not int(r) else 3 * 1024 * int(r) + 1) / 1e6 for r in data]
     places = np.arange(len(data))
     ax.bar(places - 0.2, by_hand, 0.4, label="the state, by hand")
     ax.bar(places + 0.2, list(data.values()), 0.4, label="measured: growth of the peak in three steps")
@@ -122,7 +122,7 @@ def main() -> None:
             print(f"left out {draw.__name__}: there is no {path}; python course/record.py makes it")
             continue
         data = np.load(path) if path.suffix == ".npz" else json.loads(path.read_text("utf-8")) if name else None
-        draw(data).savefig(FIGURES / f"{draw.__name__}.png", dpi=110)
+        draw(data).savefig(FIGURES / f"{draw.__name__}.png", dpi=90)
         print(f"wrote {FIGURES / draw.__name__}.png")
 
 

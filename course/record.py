@@ -22,11 +22,11 @@ NAMES = ("0.attention.q", "1.attention.v", "1.mlp.gate", "2.mlp.down", "3.attent
 
 
 def gradients() -> dict[str, np.ndarray]:
-    """Of step 60: one gradient whole, its share in the subspace of rank 32, and the singular values of five."""
+    """Of step 60: one gradient whole, what P of rank 4 sees of it, and the singular values of five."""
     *_, (_, _, model) = short_run(last=60, rank=32)
     Gs = {name: model.get_parameter(f"blocks.{name}.weight").grad for name in NAMES}
     G = Gs[NAMES[0]]
-    P = singular_vectors(G, 32)
+    P = singular_vectors(G, 4)
     values = {f"sigma {name}": torch.linalg.svdvals(G).numpy() for name, G in Gs.items()}
     return {"G": G.numpy(), "PR": (P @ (P.T @ G)).numpy(), **values}
 
@@ -57,7 +57,7 @@ def similarity() -> dict[str, np.ndarray]:
 
 
 def memory() -> dict[str, float]:
-    """The growth of the peak in three steps for eight matrices of 1024×1024, in a process for each rank."""
+    """The growth of the peak in three steps for 24 matrices of 1024×1024, in a process for each rank."""
     code = "import sys; sys.argv = ['', '{0}']; from course import ex06_memory as e; e.three_steps({0} or None)"
     found = {}
     for rank in (0, 256, 64):
