@@ -161,6 +161,8 @@ def main() -> int:
         path = path_of(number)
         try:
             train_with(number, answers(number, load(path), path.name))
+        except KeyboardInterrupt:
+            sys.exit(130)
         except Exception as error:
             if type(error).__name__ not in ("Fault", "InputError"):  # of ours: the whole story
                 raise

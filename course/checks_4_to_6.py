@@ -10,7 +10,7 @@ def check_4(its):
     m, n, r = 8, 12, 3
     N, R = randn(r, n, seed=1), randn(r, n, seed=2)
     phi, want = its.scaling(N, R), N.norm(dim=0) / (R.norm(dim=0) + 1e-8)
-    must(phi.numel() != r, f"φ has {r} numbers, one for each row, should {n}: over which dimension is a column's norm?")
+    must(phi.numel() != r, f"φ has {r} numbers, one for each row, not {n}: over which dimension is a column's norm?")
     must(phi.numel() != 1, f"φ is one number, should be {n}: that is the paper's Fira-matrix. Which `dim` has {n}?")
     must(phi.shape in ((n,), (1, n)), f"φ is {size(phi)}, should be one for each of {n} columns: is it elementwise?")
     phi = phi.flatten()
@@ -61,7 +61,7 @@ def check_5(its):
     lost, steps = torch.ones(1, 1, dtype=torch.float64), 0
     while kept is not None and kept < 1 - 1e-9 and steps < 5000:  # how long until ‖S‖ = 1 passes again?
         (_, kept), steps = its.limit(lost, kept), steps + 1
-    must(not steps, f"zeros were remembered: ‖S‖ was 3 before, and 1 passes {steps:,} steps later. What must be kept?")
+    must(not steps, f"zeros were remembered: it takes {steps:,} steps until ‖S‖ = 1 passes again. What must be kept?")
     must(kept == 3.0, f"after zeros it kept {kept}, should keep 3.0: what is the next spike compared with?")
     _, kept = its.limit(0 * S, None)
     must(kept is None, f"zeros in the very first step: it kept {kept}, should keep None. What may S be in the second?")

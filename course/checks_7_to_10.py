@@ -97,9 +97,7 @@ def check_9(its):
     for X in Gs:
         ranks = [its.rank_for(X, q / 100) for q in range(1, 101)]
         must(ranks == sorted(ranks), f"the rank falls where q grows, {ranks}: which r is the smallest that is enough?")
-        must(
-            1 <= ranks[0] and ranks[-1] <= min(X.shape), f"rank {ranks[0]} to {ranks[-1]} of {size(X)}: can that be?"
-        )
+        must(1 <= ranks[0] and ranks[-1] <= min(X.shape), f"rank {ranks[0]} to {ranks[-1]} of {size(X)}: can that be?")
     yield "singular values 4, 3, 2, 1, 0.5, 0.25: q = 0.5, 0.9, 0.99 give 1, 3, 5; the rank grows with q"
 
     def cost(ranks):

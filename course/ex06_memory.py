@@ -69,5 +69,7 @@ if __name__ == "__main__":
         three_steps(int(sys.argv[1]) or None)
     else:
         for rank, numbers in ((0, 2 * 1024**2), (64, state_numbers(1024, 1024, 64))):
-            print(f"by hand: {24 * 4 * numbers / 1e6:.0f} MB of state. If more is measured: what is it for?", flush=True)
+            print(
+                f"by hand: {24 * 4 * numbers / 1e6:.0f} MB of state. If more is measured: what is it for?", flush=True
+            )
             subprocess.run([sys.executable, __file__, str(rank)], check=True)

@@ -75,7 +75,8 @@ class Counter(TorchDispatchMode):
     products = largest = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        inputs = (*args, *(kwargs or {}).values())
+        given = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, torch.Tensor)}
         out = function(*args, **(kwargs or {}))
         self.products += function.overloadpacket.__name__ in PRODUCTS
         for x in out if isinstance(out, (tuple, list)) else [out]:

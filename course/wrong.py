@@ -206,7 +206,7 @@ WRONG = [
     (4, "squared norms", "Is a root missing?",
      {"scaling": lambda N, R, eps=1e-8: (N**2).sum(0) / ((R**2).sum(0) + eps)}),
     (5, "the free norm is stored", "which norm did you store?", {"limit": limiter(store_free=True)}),
-    (5, "a norm of zero is stored", "and 1 passes 1,388 steps later", {"limit": limiter(store_zero=True)}),
+    (5, "a norm of zero is stored", "1,388 steps until ‖S‖ = 1 passes again", {"limit": limiter(store_zero=True)}),
     (5, "the norm before the first step is 0", "what is it compared with?", {"limit": limiter(first=0.0)}),
     (5, "γ is always 1.01", "do you use `gamma`?", {"limit": limiter(fixed_gamma=True)}),
     (5, "always as large as allowed", "what is the max for?", {"limit": always_grows}),

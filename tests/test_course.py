@@ -205,3 +205,47 @@ def test_a_solved_file_is_checked_where_it_lies(tmp_path, capsys):
     (tmp_path / "ex04_scaling.py").write_text(solution, encoding="utf-8")
     assert check.check(4, tmp_path)
     assert "right" in capsys.readouterr().out
+
+
+def test_three_hints_for_each_exercise_come_one_after_the_other(tmp_path, monkeypatch, capsys):
+    from course import hints
+
+    assert list(hints.HINTS) == NUMBERS and all(len(three) == 3 for three in hints.HINTS.values())
+    monkeypatch.setattr(hints, "SEEN", tmp_path / "hints.json")
+    for level in (1, 2, 3, 3):
+        hints.show(5)
+        assert len(capsys.readouterr().out.splitlines()) == level
+
+
+@pytest.mark.skipif(not (ROOT / "course" / "solutions.py").exists(), reason="a teacher deleted the solutions")
+@pytest.mark.parametrize("number, near", [(2, 1e-5), (4, 1e-5), (5, 1e-5), (8, 0.3), (9, 2.0)])
+def test_function_in_the_place_of_its_seam(number, near):
+    """With the solution inside, the optimizer of --train is the one that it is compared with."""
+    from course import solutions, training
+    from fira import Fira
+    from train import METHODS
+
+    optimizer, variant = training.VARIANTS[number]
+    its = SimpleNamespace(**vars(check.load(check.path_of(number))) | vars(solutions))
+    ends = []
+    for cls in (Fira, variant(its)):
+        generator = torch.Generator().manual_seed(0)
+        weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((12, 16), (20, 12), (12, 12))]
+        group = {"params": weights, "rank": 3, "update_proj_gap": 5, **METHODS[optimizer][1]}
+        optimizer_here = cls([group], lr=0.01)
+        for _ in range(12):
+            for w in weights:
+                w.grad = torch.randn(w.shape, generator=generator)
+            weights[0].grad[2:] *= 0.1  # of fewer directions than the others
+            optimizer_here.step()
+        ends.append(torch.cat([w.detach().flatten() for w in weights]))
+    assert ends[1].isfinite().all() and (ends[1] - ends[0]).norm() < near * ends[0].norm()
+    if number in (8, 9):  # the seam was used
+        assert not torch.equal(*ends)
+
+
+@pytest.mark.parametrize("number", [2, 4, 5, 8, 9])
+def test_a_mistake_that_only_training_meets_is_one_line_too(number):
+    broken = SimpleNamespace(**{name: lambda *_, **__: 1 / 0 for name in check.FUNCTIONS[number]})
+    with pytest.raises(Fault, match="ZeroDivisionError"):
+        getattr(check.answers(number, broken, "your file"), next(iter(check.FUNCTIONS[number])))()
