@@ -15,10 +15,11 @@ subspace changes after step 20. Adam's moments of the full gradient are kept bes
 Then doubt it. Nobody knows all the answers:
 
     1. What becomes of rho if every φ low is multiplied by 0.4? What does Fira's update become?
-    2. Look at the level before and after the change of the subspace. Why does it fall? (Which columns of a gradient are
-       large in the leading singular vectors of the same gradient?)
-    3. How much of rho is between matrices, how much within one? Compute the second, and the same with columns shuffled.
-    4. Is it φ that is alike, or only ‖R‖ and ‖G‖, by which both are divided?
+    2. Look at the level before and after the change of the subspace. Why does it fall? (A fresh P sees nearly
+       all of G: how large is ‖R‖ against ‖G‖ then? And how many numbers has a column of N, how many one of G?)
+    3. The paper compares two runs; here it is one run, seen twice. Which is the harder test? Do the other.
+    4. How much of rho is between matrices, how much within one? Compute the second, and the same with columns shuffled.
+    5. Is it φ that is alike, or only ‖R‖ and ‖G‖, by which both are divided?
 
     python course/check.py 10
 """

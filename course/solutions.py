@@ -11,11 +11,8 @@ from torch import Tensor
 
 def project(G: Tensor, r: int) -> tuple[Tensor, Tensor]:
     U, _, Vt = torch.linalg.svd(G, full_matrices=False)
-    if G.shape[0] <= G.shape[1]:
-        P = U[:, :r]
-        return P, P.T @ G
-    P = Vt[:r].T
-    return P, G @ P
+    P = U[:, :r] if G.shape[0] <= G.shape[1] else Vt[:r].T
+    return P, P.T @ G if G.shape[0] <= G.shape[1] else G @ P
 
 
 # 2. Nothing here is larger than W but W: the moments are R's. At r = m a P that turns the axes makes another optimizer,
@@ -103,11 +100,9 @@ def rotate(M: Tensor, P_old: Tensor, P_new: Tensor) -> Tensor:
 # 8. An update is divided by √V, so √V gets the equal steps; rounded up, it divides by more and never by 0. V's error
 #    makes an update smaller, which costs a little speed; the other way it would cost the run.
 
-BLOCK = 256
-
 
 def blocks(X: Tensor) -> Tensor:
-    return torch.nn.functional.pad(X.flatten(), (0, -X.numel() % BLOCK)).view(-1, BLOCK)
+    return torch.nn.functional.pad(X.flatten(), (0, -X.numel() % 256)).view(-1, 256)
 
 
 def pack(V: Tensor) -> tuple[Tensor, Tensor]:
