@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import random
-import re
 import subprocess
 import sys
 import sysconfig
@@ -26,11 +25,11 @@ import prepare_data  # noqa: E402
 from prepare_data import InputError, ensure, get_tokenizer, load, prepare  # noqa: E402
 
 SHARED = ROOT.parent / "shared" / "data"  # two real inputs that some machines have beside the project
-needs_shared = pytest.mark.skipif(not (SHARED / "r50k_base.tiktoken").exists(), reason="no GPT-2 vocabulary beside it")
+needs_shared = pytest.mark.skipif(not (SHARED / "r50k_base.tiktoken").exists(), reason="no GPT-2 vocabulary")
 # What tokenizers stumble over: runs of spaces and line ends, indents, several scripts, marks, characters that mean
-# something elsewhere. No letter or digit is followed by a space for longer than a piece of the tests.
+# something elsewhere.
 TEXT = (
-    "  def f(x):\n        return  x\n\n\n\tdon't, they'll 1234 \u00e9t\u00e9 na\u00efve \u4f60\u597d\u3002\u4e16\u754c\n"
+    "  def f(x):\n        return  x\n\n\n\tdon't, they'll 123 \u00e9t\u00e9 na\u00efve \u4f60\u597d\u3002\u4e16\u754c\n"
     "\U0001f600 \U0001f468\u200d\U0001f469 </s> <s>x <|endoftext|>y [INST] e\u0301 tail   \n \n   in dented !\r\nq. z "
 )
 BUILT = ("hf:byte-level", "hf:llama", "hf:llama-legacy", "hf:unigram")
