@@ -1,0 +1,41 @@
+"""Exercise 1: see a gradient from a subspace (10 minutes).
+
+Adam remembers two numbers for every weight. GaLore and Fira remember them only for R, the gradient as it is seen from
+a subspace of r dimensions. This exercise makes that subspace.
+
+Let G (m×n) be the gradient of a weight matrix with m ≤ n. P (m×r) holds the r leading left singular vectors of G:
+
+    G = U diag(σ) Vᵀ        P = the first r columns of U        R = PᵀG  (r×n)
+
+PR is then the best approximation of G that has rank r. What part of G it keeps is called the energy,
+‖PR‖² / ‖G‖² = (σ₁² + … + σᵣ²) / (σ₁² + … + σₘ²).
+
+If G is tall (m > n), project the other side, which is now the short one: P (n×r) holds the leading right singular
+vectors, R = GP (m×r), and R Pᵀ stands for PR. The short side makes P small. For a square G take the left side.
+
+Before you write: G is 6×10 of random numbers and r = 3. Does PR keep less than half of the energy, half, or more?
+
+    python course/check.py 1            check your function
+    python course/check.py 1 --hint     the next of three hints
+"""
+
+import torch
+from torch import Tensor
+
+# %% Write this
+
+
+def project(G: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """P and R of a gradient G (m, n): P (m, r) and R (r, n), or for a tall G P (n, r) and R (m, r)."""
+    raise NotImplementedError
+
+
+# %% Look at it: run this file, or this cell
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    G = torch.randn(6, 10, dtype=torch.float64)
+    P, R = project(G, 3)
+    print("PᵀP, which should be the identity:\n", P.T @ P)
+    print("energy:", ((P @ R).norm() / G.norm()).item() ** 2)
+    print("what P cannot see of the rest, which should be 0:", (P.T @ (G - P @ R)).norm().item())

@@ -1,0 +1,49 @@
+"""Exercise 5: the limiter is not gradient clipping (20 minutes).
+
+S = φ∘(G − P R) has no moments that would smooth it. When P is stale, S can be large at once and the loss jumps. Fira
+lets its norm grow by at most the factor γ = 1.01 in a step. It may shrink as it likes:
+
+    S ← S · γ / max(‖S‖ / (‖S_prev‖ + 1e-8), γ)
+
+‖S_prev‖ is one number for each matrix, all the memory that the limiter has. Decide, and the check will ask:
+
+    - Which norm is kept for the next step: that of S before, or after it was limited?
+    - There was no step before (`prev_norm` is None). What may S be?
+    - A gradient of zeros: S = 0. What is kept? (At 1 % a step the way back from 0 to 1 is long. How many steps?)
+
+Then make the limiter work: `spike` multiplies what P cannot see of G by a factor, and leaves PᵀG as it is.
+
+Predict: after 50 usual steps that part comes 50 times too large. By how much does ‖S‖ grow, free and limited? And by
+how much, free, if the whole gradient is 50 times too large? (Look at φ: what happens to ‖N‖ / ‖R‖ then?) Clipping by
+the gradient's norm treats both alike.
+
+    python course/check.py 5
+    python course/check.py 5 --train    150 steps with your limiter in Fira
+"""
+
+import torch
+from torch import Tensor
+
+# %% Write these
+
+
+def limit(S: Tensor, prev_norm: float | None, gamma: float = 1.01) -> tuple[Tensor, float | None]:
+    """S (m, n), limited, and the norm to compare with in the next step, which is this step's `prev_norm` then."""
+    raise NotImplementedError
+
+
+def spike(G: Tensor, P: Tensor, factor: float) -> Tensor:
+    """G (m, n) with the part that P (m, r) cannot see times the factor."""
+    raise NotImplementedError
+
+
+# %% Look at it: ten steps, a spike in the third, zeros in the seventh
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    G, P, kept = torch.randn(8, 12), torch.linalg.qr(torch.randn(8, 3)).Q, None
+    for step in range(1, 11):
+        S = spike(G, P, {3: 50, 7: 0}.get(step, 1))
+        S = S - P @ (P.T @ S)
+        limited, kept = limit(S, kept)
+        print(f"step {step}: ‖S‖ {S.norm():8.3f}, limited {limited.norm():8.3f}, kept {kept}")

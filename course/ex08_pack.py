@@ -1,0 +1,62 @@
+"""Exercise 8: eight bits for V (30 minutes).
+
+M and V can be kept in one byte a number. Take blocks of 256 numbers; keep for each its largest size as a float32, the
+scale, and for each number a code from 0 to 255. For M that is easy, and written below: a code is M/scale in 127
+steps of the same size each way, to nearest.
+
+V is another matter. Adam divides by √V + ε. Done to V like to M, more than a tenth of V becomes 0: what does the
+update M / (√V + ε) become there, with ε = 1e-8? It is not enough that V is near: √V must be, and on the safe side.
+
+Write `pack` and `unpack` for V (no number is negative) so that
+
+    - V comes back with √V off by at most √scale / 255,
+    - it never comes back smaller than it was, so that no update grows,
+    - zeros, also blocks of nothing but zeros, come back as zeros,
+    - codes are uint8, as many as V has numbers, and scales float32, one for each block (the last may be shorter).
+
+Rounding up just above a whole number is where this can go wrong: what is 255 × 1.0000001, rounded up, in a byte?
+
+    python course/check.py 8
+    python course/check.py 8 --train    150 steps with 8-bit M and V
+"""
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+
+
+def blocks(X: Tensor) -> Tensor:
+    """X as rows of 256 numbers, (number of blocks, 256), the last one filled with zeros."""
+    return torch.nn.functional.pad(X.flatten(), (0, -X.numel() % BLOCK)).view(-1, BLOCK)
+
+
+def pack_M(M: Tensor) -> tuple[Tensor, Tensor]:
+    B = blocks(M)
+    scales = B.abs().amax(dim=1).float()
+    codes = (B / scales.clamp(min=1e-38)[:, None] * 127).round()  # the clamp: 0/1e-38 and not 0/0
+    return codes.to(torch.int8).flatten()[: M.numel()], scales
+
+
+def unpack_M(codes: Tensor, scales: Tensor, shape: torch.Size) -> Tensor:
+    return (blocks(codes.float()) / 127 * scales[:, None]).flatten()[: codes.numel()].view(shape)
+
+
+# %% Write these
+
+
+def pack(V: Tensor) -> tuple[Tensor, Tensor]:
+    """codes (as many as V has numbers, uint8) and scales (one for each block of 256, float32)."""
+    raise NotImplementedError
+
+
+def unpack(codes: Tensor, scales: Tensor, shape: torch.Size) -> Tensor:
+    """V of this shape."""
+    raise NotImplementedError
+
+
+# %% Look at it
+
+if __name__ == "__main__":
+    V = torch.tensor([4.0, 1.0, 0.04, 1e-4, 1e-12, 0.0])
+    print("V:   ", V, "\nback:", unpack(*pack(V), V.shape))
