@@ -130,6 +130,10 @@ class Config:
         steps, cuda = self.steps or usual["steps"], f"cuda:{LOCAL_RANK}"
         auto = cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         device = {"auto": auto, "cuda": cuda}.get(self.device, self.device)
+        there = ["cpu", *["mps"] * torch.backends.mps.is_available()]
+        there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        if device not in there:
+            raise InputError(f"no device {device!r} here, only {', '.join(there)}")
         parts = Path(self.init_from or self.model).name, Path(self.data).stem, Path(self.variant or self.optimizer).stem
         defaults = usual | (setting or {}) | {"lr": lr / 10 if self.init_from else lr, "warmup": steps // 10}
         defaults |= {"eval_interval": min(1000, max(1, steps // 8)), "name": f"{'-'.join(parts)}-seed{self.seed}"}
@@ -378,7 +382,7 @@ def sample(model: Transformer, tokenizer, prompt: str, config: Config) -> str:
 
 def compare(names: list[str], out: str, picture: Path) -> None:
     """The table and the picture of runs, finished or not: validation losses, and training losses pale."""
-    runs, logs = [read_run(name, out, {}) for name in names], {}
+    runs, logs = [read_run(name, out, {"device": "cpu"}) for name in names], {}
     differ = [k for k in vars(runs[0][0]) if k not in CHANGEABLE and len({str(vars(c)[k]) for c, _ in runs}) > 1]
     say(f"{'':40} {'step':>6} {'val loss':>9} {'bits/byte':>10} {'ms/step':>8}")
     for config, checkpoint in runs:
