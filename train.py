@@ -267,7 +267,7 @@ def train(config: Config, log: list[dict], checkpoint: dict | None) -> None:
     autocast = torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.precision == "amp")
     for p in model.parameters():
         if config.layerwise and p.requires_grad:  # step at once: no other weight has a gradient
-            p.register_post_accumulate_grad_hook(lambda p: (optimizer.step(), setattr(p, "grad", None)))
+            p.register_post_accumulate_grad_hook(lambda p: optimizer.step() or setattr(p, "grad", None))
     fira.fira_update = torch.compile(UPDATE, dynamic=False) if config.compile else UPDATE
     forward = torch.compile(model) if config.compile else model
     forward = torch.nn.parallel.DistributedDataParallel(forward) if WORLD > 1 else forward
@@ -339,6 +339,7 @@ def train(config: Config, log: list[dict], checkpoint: dict | None) -> None:
         losses, clock = [], time.perf_counter()
     bar.close()
     if not RANK:
+        lock.close()
         finish(config, model, optimizer, tokenizer, log)
 
 
@@ -355,9 +356,9 @@ def describe(config: Config, meta: dict, model: Transformer, optimizer: Fira, st
     if METHODS[config.optimizer][1] is not None and (wide or not low):
         say(f"note       {low} matrices have a subspace; {wide} are not wider than --rank {config.rank}")
     if not importlib.util.find_spec("matplotlib"):
-        say('note       no pictures of the losses without matplotlib: pip install -e ".[plot]"')
+        say('note       no pictures without matplotlib: pip install -e ".[plot]"')
     if config.model == "nano" and not config.init_from and config.steps < 1500:
-        say("note       the learning rates are tuned for 1,500 steps: with fewer, compare with care")
+        say("note       learning rates are tuned for 1,500 steps: compare shorter runs with care")
 
 
 def finish(config: Config, model: Transformer, optimizer: Fira, tokenizer, log: list[dict]) -> None:
