@@ -358,7 +358,7 @@ def describe(config: Config, meta: dict, model: Transformer, optimizer: Fira, st
     if not importlib.util.find_spec("matplotlib"):
         say('note       no pictures without matplotlib: pip install -e ".[plot]"')
     if config.model == "nano" and not config.init_from and config.steps < 1500:
-        say("note       learning rates are tuned for 1,500 steps: compare shorter runs with care")
+        say("note       the learning rates are tuned for 1,500 steps, not for fewer")
 
 
 def finish(config: Config, model: Transformer, optimizer: Fira, tokenizer, log: list[dict]) -> None:
