@@ -130,6 +130,10 @@ class Config:
         steps, cuda = self.steps or usual["steps"], f"cuda:{LOCAL_RANK}"
         auto = cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         device = {"auto": auto, "cuda": cuda}.get(self.device, self.device)
+        there = ["cpu", *["mps"] * torch.backends.mps.is_available()]
+        there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        if device not in there:
+            raise InputError(f"no device {device!r} here, only {', '.join(there)}")
         parts = Path(self.init_from or self.model).name, Path(self.data).stem, Path(self.variant or self.optimizer).stem
         defaults = usual | (setting or {}) | {"lr": lr / 10 if self.init_from else lr, "warmup": steps // 10}
         defaults |= {"eval_interval": min(1000, max(1, steps // 8)), "name": f"{'-'.join(parts)}-seed{self.seed}"}
@@ -263,7 +267,7 @@ def train(config: Config, log: list[dict], checkpoint: dict | None) -> None:
     autocast = torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.precision == "amp")
     for p in model.parameters():
         if config.layerwise and p.requires_grad:  # step at once: no other weight has a gradient
-            p.register_post_accumulate_grad_hook(lambda p: (optimizer.step(), setattr(p, "grad", None)))
+            p.register_post_accumulate_grad_hook(lambda p: optimizer.step() or setattr(p, "grad", None))
     fira.fira_update = torch.compile(UPDATE, dynamic=False) if config.compile else UPDATE
     forward = torch.compile(model) if config.compile else model
     forward = torch.nn.parallel.DistributedDataParallel(forward) if WORLD > 1 else forward
@@ -335,6 +339,7 @@ def train(config: Config, log: list[dict], checkpoint: dict | None) -> None:
         losses, clock = [], time.perf_counter()
     bar.close()
     if not RANK:
+        lock.close()
         finish(config, model, optimizer, tokenizer, log)
 
 
@@ -351,9 +356,9 @@ def describe(config: Config, meta: dict, model: Transformer, optimizer: Fira, st
     if METHODS[config.optimizer][1] is not None and (wide or not low):
         say(f"note       {low} matrices have a subspace; {wide} are not wider than --rank {config.rank}")
     if not importlib.util.find_spec("matplotlib"):
-        say('note       no pictures of the losses without matplotlib: pip install -e ".[plot]"')
+        say('note       no pictures without matplotlib: pip install -e ".[plot]"')
     if config.model == "nano" and not config.init_from and config.steps < 1500:
-        say("note       the learning rates are tuned for 1,500 steps: with fewer, compare with care")
+        say("note       the learning rates are tuned for 1,500 steps, not for fewer")
 
 
 def finish(config: Config, model: Transformer, optimizer: Fira, tokenizer, log: list[dict]) -> None:
@@ -378,7 +383,7 @@ def sample(model: Transformer, tokenizer, prompt: str, config: Config) -> str:
 
 def compare(names: list[str], out: str, picture: Path) -> None:
     """The table and the picture of runs, finished or not: validation losses, and training losses pale."""
-    runs, logs = [read_run(name, out, {}) for name in names], {}
+    runs, logs = [read_run(name, out, {"device": "cpu"}) for name in names], {}
     differ = [k for k in vars(runs[0][0]) if k not in CHANGEABLE and len({str(vars(c)[k]) for c, _ in runs}) > 1]
     say(f"{'':40} {'step':>6} {'val loss':>9} {'bits/byte':>10} {'ms/step':>8}")
     for config, checkpoint in runs:
