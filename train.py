@@ -12,7 +12,6 @@ earlier run of its name as it is and calls itself NAME-2.
 import argparse
 import difflib
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import fira
@@ -127,11 +127,12 @@ class Config:
         if self.layerwise and (self.grad_accum or 1, self.grad_clip, WORLD) != (1, 0, 1):
             raise InputError("--layerwise frees each gradient at once: not with --grad_accum, --grad_clip or torchrun")
         (lr, setting), usual = METHODS[self.optimizer], TRAINING["pretrained" if self.init_from else self.model]
+        if (batch_size := self.batch_size or usual["batch_size"]) % WORLD:
+            raise InputError(f"--batch_size {batch_size} must be a multiple of the {WORLD} processes")
         steps, cuda = self.steps or usual["steps"], f"cuda:{LOCAL_RANK}"
         auto = cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         device = {"auto": auto, "cuda": cuda}.get(self.device, self.device)
-        there = ["cpu", *["mps"] * torch.backends.mps.is_available()]
-        there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        there = ["cpu", "mps", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         if device not in there:
             raise InputError(f"no device {device!r} here, only {', '.join(there)}")
         parts = Path(self.init_from or self.model).name, Path(self.data).stem, Path(self.variant or self.optimizer).stem
@@ -246,24 +247,32 @@ def write(path: Path, content: str | dict) -> None:
         raise InputError(f"cannot write {path} (is the disk full?): {error}") from None
 
 
+def claim(folder: Path) -> sqlite3.Connection:
+    """Keep other processes out of a run's folder until this one ends, however it ends: a file lock on every system."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError:
+        raise InputError(f"another process is at work in {folder}") from None
+    return lock
+
+
 def train(config: Config, log: list[dict], checkpoint: dict | None) -> None:
     """One run, from its first step or from its checkpoint on."""
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    data = prepare_data.ensure(config.data) if WORLD == 1 else config.data  # torchrun takes what is prepared
-    meta, train_tokens, val_tokens = prepare_data.load(data)
+    name = prepare_data.ensure(config.data) if WORLD == 1 else config.data  # torchrun takes what is prepared
+    meta, train_tokens, val_tokens = prepare_data.load(name)
     tokenizer = prepare_data.get_tokenizer(meta["tokenizer"])  # now, so that none misses at the end
     if checkpoint and checkpoint["data"] != meta:
-        raise InputError(f"data/{data} is not what {config.folder} was trained on: prepare that again")
+        raise InputError(f"data/{name} is not what {config.folder} was trained on: prepare that again")
     if min(len(train_tokens), len(val_tokens)) <= (config.block_size or 1):
-        raise InputError(f"data/{data} is shorter than --block_size {config.block_size}: use a longer text")
-    if config.batch_size % WORLD:
-        raise InputError(f"--batch_size {config.batch_size} must be a multiple of the {WORLD} processes")
+        raise InputError(f"data/{name} is shorter than --block_size {config.block_size}: use a longer text")
     if config.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(config.device)
     model, optimizer = build(config, meta["vocab_size"], checkpoint)
     start, folder = checkpoint["step"] if checkpoint else 0, config.folder
-    rate = lambda done: schedule(done + 1, config)
-    lr_schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate, last_epoch=start - 1)
+    lr_schedule = LambdaLR(optimizer, lambda done: schedule(done + 1, config), last_epoch=start - 1)
     autocast = torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.precision == "amp")
     for p in model.parameters():
         if config.layerwise and p.requires_grad:  # step at once: no other weight has a gradient
@@ -272,13 +281,8 @@ def train(config: Config, log: list[dict], checkpoint: dict | None) -> None:
     forward = torch.compile(model) if config.compile else model
     forward = torch.nn.parallel.DistributedDataParallel(forward) if WORLD > 1 else forward
     describe(config, meta, model, optimizer, start)
-    if not RANK:  # one process writes for all, and keeps others out of the folder until it ends, however it ends
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)  # a file lock on every system
-        try:
-            lock.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError:
-            raise InputError(f"another process is at work in {folder}") from None
+    if not RANK:  # one process writes for all
+        lock = claim(folder)
         write(folder / "config.json", json.dumps(asdict(config), indent=2) + "\n")
         write(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
 
@@ -317,8 +321,8 @@ def train(config: Config, log: list[dict], checkpoint: dict | None) -> None:
         entry["ms_per_step"] = 1000 * (time.perf_counter() - clock) / len(losses)
         if (seen := [figures for figures in optimizer.seen.values() if figures]) and not config.layerwise:
             entry |= inside_subspaces(seen)
-        bar.set_postfix_str(f"loss {entry['loss']:.3f}, {entry['ms_per_step']:.0f} ms/step", refresh=False)
         bar.update(len(losses))
+        bar.set_postfix_str(f"loss {entry['loss']:.3f}, {entry['ms_per_step']:.0f} ms/step")
         if evaluating:
             entry["peak_bytes"] = torch.cuda.max_memory_allocated() if config.device.startswith("cuda") else None
             entry |= evaluate(forward, val_tokens, meta, config, autocast)
@@ -369,8 +373,8 @@ def finish(config: Config, model: Transformer, optimizer: Fira, tokenizer, log: 
     write(config.folder / "result.json", json.dumps(result, indent=2) + "\n")
     write(config.folder / "sample.txt", text := sample(model, tokenizer, "", config))
     say(f"sample     {'-' * 60}\n{text}\n{'-' * 71}")
-    adamw = 8 * sum(p.numel() for p in model.parameters())
-    say(f"state      {state / 1e6:,.1f} MB; AdamW's for all weights is {adamw / 1e6:,.1f} MB")
+    mega = sum(p.numel() for p in model.parameters()) / 1e6
+    say(f"state      {state / 1e6:,.1f} MB; AdamW's for all weights is {8 * mega:,.1f} MB")
     compare([str(config.folder)], config.out, config.folder / "curves.png")
 
 
@@ -456,8 +460,8 @@ def command() -> None:
                 config, checkpoint = read_run(config.name, out, given)
                 train(config, checkpoint["log"], checkpoint)
             else:  # an earlier run stays as it is
-                free = (config.name + f"-{n}" * (n > 1) for n in itertools.count(1))
-                config.name = next(name for name in free if not Path(out, name, "ckpt.pt").exists())
+                names = [config.name, *(f"{config.name}-{n}" for n in range(2, 10_000))]
+                config.name = next(name for name in names if not Path(out, name, "ckpt.pt").exists())
                 train(config, [], None)
             done.append(str(config.folder))
         except Exception as error:
