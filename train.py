@@ -382,7 +382,8 @@ def sample(model: Transformer, tokenizer, prompt: str, config: Config) -> str:
     """The prompt and what the model writes after it; an empty prompt starts a new document."""
     torch.manual_seed(config.seed)
     tokens = tokenizer.encode(prompt) or [tokenizer.end_of_text]
-    return prompt + tokenizer.decode(list(model.generate(tokens, SAMPLE_TOKENS, config.temperature, config.top_k)))
+    new = list(model.generate(tokens, SAMPLE_TOKENS, config.temperature, config.top_k))
+    return tokenizer.decode(tokens * bool(prompt) + new)
 
 
 def compare(names: list[str], out: str, picture: Path) -> None:
@@ -479,8 +480,13 @@ def main() -> None:
         command()
     except KeyboardInterrupt:
         sys.exit(128 + max(STOP, default=signal.SIGINT))
-    except MENDABLE as error:
-        sys.exit(f"error: {(str(error).splitlines() or ['out of memory'])[0]}")
+    except (*MENDABLE, RuntimeError) as error:
+        line = (str(error).splitlines() or [""])[0]
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "CPUAllocator" in line or "overflowed" in line:
+            line = "out of memory: try a smaller --batch_size (with more --grad_accum), --block_size or --model"
+        elif not isinstance(error, MENDABLE):
+            raise
+        sys.exit(f"error: {line}")
 
 
 if __name__ == "__main__":
