@@ -461,3 +461,11 @@ def test_out_of_memory_is_one_line(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(train, "build", lambda *a: exec("raise error", {"error": error}))
             fails(*SMALL, says="out of memory")
+
+
+def test_out_of_memory_on_the_cpu_is_one_line(monkeypatch):
+    def build(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory\nmore")
+
+    monkeypatch.setattr(train, "build", build)
+    fails(*SMALL, says="out of memory: try a smaller --batch_size")
