@@ -13,7 +13,7 @@ as it scaled that column inside the subspace. For a weight W (m×n), and P (m×r
 
 Every T steps P becomes the gradient's r leading singular vectors. The state is P, M, V and ‖S_prev‖: m r + 2 n r + 1
 numbers, not Adam's 2 m n. `fira_update` is this mathematics, `Fira.update` a step. Made to be replaced in a subclass:
-`inner` with `new_moments` (the optimizer inside the subspace), `find_projection` and `change_subspace` (P, its change).
+`inner` with `new_moments` (the optimizer inside), `find_projection`, `change_subspace`; for φ and S, `fira_update`.
 """
 
 import math
@@ -33,23 +33,22 @@ PEERS = {"scale": "alpha", "scale_type": "scaling", "proj": "proj_method", "proj
 
 
 def fira_update(
-    W: Tensor,  # (m, n) weight, changed in place
+    W: Tensor,  # (m, n) the weight or its transpose (see `oriented`), changed in place
     G: Tensor,  # (m, n) its gradient
     P: Tensor | None,  # (m, r) orthonormal columns; None stands for the identity
     R: Tensor,  # (r, n) = PᵀG
     N: Tensor,  # (r, n) what the optimizer inside the subspace made of R
-    prev_norm: Tensor,  # () the limited ‖S‖ of the step before, inf if there was none; changed in place
-    step_size: Tensor,  # () η c_t; a tensor, so that torch.compile does not compile for each value
+    prev_norm: Tensor,  # () s ‖S‖ of the last step that had one, inf before the first; changed in place
+    step_size: Tensor,  # () η c_t; a tensor, so that this function, compiled, is not compiled for each value
     scaling: str | None,  # φ: one for each "column", one for the "matrix", or "unit", 1
     gamma: float,  # γ of the limiter
     alpha: float, b: float, k: float,  # factors: of P N, of S, and of P R in S = φ ∘ (G − k P R)
 ) -> dict:
-    """One step on one matrix, W ← W − η c_t (α P N + b s S), with s ≤ 1 from the limiter. Returns what a log may show.
+    """One step on one matrix, W ← W − η c_t (α P N + b s S); s ≤ 1 is what limits S. Returns what a log may show.
 
     φ has one number for each column, so φ∘(P R) = P (φ∘R). That saves two temporaries of W's size and a product with P:
         α P N + b s S  =  α P N + b s φ∘(G − k P R)  =  P (α N − k b s φ∘R) + b s φ∘G
     """
-    seen = {}
     inside = N * (alpha * step_size)  # (r, n), in the end η c_t (α N − k b s φ∘R)
     if b:
         # 1. Norm-based scaling (Equations 8 and 9).
@@ -62,11 +61,11 @@ def fira_update(
             phi = torch.ones_like(R_norms)
         # 2. Norm-growth limiter (Equation 12): s ‖S‖ ≤ γ ‖S_prev‖. As P's columns are orthonormal, ‖S‖ needs no S:
         #    ‖G_i − k P R_i‖² = ‖G_i‖² − (2k − k²) ‖R_i‖².
-        rest_sq = G_norms.square().addcmul_(R_norms, R_norms, value=k * k - 2 * k).clamp_(min=0)  # (n,)
+        rest_sq = G_norms.square().addcmul_(R_norms, R_norms, value=k * k - 2 * k)  # (n,)
+        rest_sq.masked_fill_(rest_sq <= 9 * torch.finfo(rest_sq.dtype).eps * R_norms.square(), 0.0)  # that is rounding
         norm = torch.dot(phi.square(), rest_sq).sqrt()  # ‖S‖
-        s = (gamma * (prev_norm + 1e-8) / norm).clamp(max=1).where(norm.isfinite(), 0.0)  # 0: a square overflowed
+        s = (gamma * (prev_norm + 1e-8) / norm).clamp(max=1).where(norm.isfinite(), 0.0)  # S = 0: 1; an overflow: 0
         prev_norm.copy_(torch.where(s * norm > 0, s * norm, prev_norm))  # a stored 0 would hold S down for long
-        seen = {"G": G_norms, "R": R_norms, "phi": phi, "S": norm, "limited": s * norm}
         # 3. The update.
         outside = b * s * step_size * phi  # (n,)
         inside.addcmul_(R, outside, value=-k)
@@ -75,7 +74,7 @@ def fira_update(
         W.sub_(inside)
     elif alpha:
         W.addmm_(P, inside.to(W.dtype), alpha=-1)
-    return seen
+    return {"G": G_norms, "R": R_norms, "phi": phi, "S": norm, "limited": s * norm} if b else {}
 
 
 def column_norms(X: Tensor) -> Tensor:
@@ -100,8 +99,8 @@ def singular_vectors(G: Tensor, rank: int) -> Tensor:
 
 
 def oriented(X: Tensor, proj_type: str) -> Tensor:
-    """X with the side that is projected first. For "std" a square or tall X is transposed: its columns, here, are then
-    rows of `nn.Linear.weight` (outputs × inputs), one for each output."""
+    """X, or X.T if P is to compress X's other side. For "std" a square or tall X is transposed: its columns, here, are
+    then the rows of `nn.Linear.weight` (outputs × inputs), one for each output."""
     tall = X.shape[0] >= X.shape[1]
     return X.T if {"std": tall, "reverse_std": not tall, "left": False, "right": True}[proj_type] else X
 
@@ -110,7 +109,7 @@ class Fira(torch.optim.Optimizer):
     """Fira and its family, as a plain torch optimizer; every option may differ between groups.
 
     A group with a `rank` holds matrices, one without is torch's AdamW. At rank ≥ the short side nothing is outside the
-    subspace: the update is α N. Moments are float32 for 16-bit weights, which should be bfloat16 (float16 overflows).
+    subspace: the update is α N, or α φ∘G. Moments are float32 for 16-bit weights; float16 overflows, take bfloat16.
     Raises ValueError for an option, a parameter or a loaded state that cannot be; FloatingPointError, before any weight
     is changed, for a gradient that is not finite where it chooses a subspace.
     """
@@ -126,7 +125,7 @@ class Fira(torch.optim.Optimizer):
         rank: int | None = None,  # r; None is AdamW
         update_proj_gap: int = 200,  # T, steps between changes of the subspace
         alpha: float = 0.25,  # α, GaLore's `scale`
-        proj_type: str = "std",  # project the short side; "reverse_std" the long one, "left" rows, "right" columns
+        proj_type: str = "std",  # compress the short side; "reverse_std" the long one, "left" rows, "right" columns
         proj_method: str = "subspace",  # a step of subspace iteration from the old P; "svd", the paper's; "random"
         scaling: str | None = "column",  # φ: for each column; Fira-"matrix"; "unit" is 1, GaLore-add; None is 0, GaLore
         only_scaling: bool = False,  # the update is α φ∘G alone (with a random P: APOLLO)
@@ -144,7 +143,7 @@ class Fira(torch.optim.Optimizer):
         self.update()
         return loss
 
-    @torch.compiler.disable  # `fira_update` compiles
+    @torch.compiler.disable  # what can be compiled is `fira_update`
     @torch.no_grad()
     @torch.autocast("cuda", enabled=False)  # or a step inside of autocast would project in 16 bits
     @torch.autocast("cpu", enabled=False)
@@ -172,36 +171,38 @@ class Fira(torch.optim.Optimizer):
         state["step"] += 1
         N, c_t = self.inner(R, state, group)
         b, k = {"unscaled": (1.0, 1.0), "paper": (alpha, 1.0), "released": (1.0, alpha)}[group["alpha_mode"]]
+        a = alpha
         if group["only_scaling"]:
-            alpha, b, k = 0.0, alpha, 0.0
+            a, b, k = 0.0, alpha, 0.0
         elif group["scaling"] is None or P is None:  # φ = 0; or nothing is outside the subspace
             b = 0.0
         lr = -group["lr"] if group["maximize"] else group["lr"]
         step_size = torch.as_tensor(lr * c_t, dtype=R.dtype, device=getattr(lr, "device", "cpu"))
-        options = {"scaling": group["scaling"], "gamma": group["gamma"] or math.inf, "alpha": alpha, "b": b, "k": k}
+        options = {"scaling": group["scaling"], "gamma": group["gamma"] or math.inf, "alpha": a, "b": b, "k": k}
         self.seen[p] = fira_update(W, G, P, R, N, state["prev_norm"], step_size, **options)
         if group["weight_decay"]:
             p.mul_(1 - group["lr"] * group["weight_decay"])
 
     def inner(self, R: Tensor, state: dict, group: dict) -> tuple[Tensor, float]:
-        """The optimizer inside the subspace, here Adam: N (r, n) for R (r, n), and its factor of the step size, c_t."""
+        """The optimizer inside the subspace, here Adam: N (r, n) for R (r, n), which it must not change, and c_t."""
         (beta1, beta2), M, V = group["betas"], state["exp_avg"], state["exp_avg_sq"]
         M.lerp_(R, 1 - beta1)
         V.mul_(beta2).addcmul_(R, R, value=1 - beta2)
         return M / V.sqrt().add_(group["eps"]), math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
 
     def new_moments(self, R: Tensor) -> dict:
-        """What `inner` keeps in the state, for an R of this shape, dtype and memory layout."""
+        """What `inner` keeps in the state, for R's shape, dtype and memory layout; R's values mean nothing yet."""
         return {"exp_avg": torch.zeros_like(R), "exp_avg_sq": torch.zeros_like(R)}
 
     def new_state(self, p: Tensor, group: dict) -> dict:
         dtype, r = torch.promote_types(p.dtype, torch.float32), group["rank"]  # a bfloat16 V would not decay by 0.999
         if r is None:
-            return Fira.new_moments(self, torch.empty_like(p, dtype=dtype)) | {"step": torch.zeros((), device=p.device)}
+            step = torch.zeros((), dtype=torch.float32, device=p.device)
+            return {"step": step} | Fira.new_moments(self, torch.empty_like(p, dtype=dtype))
         W = oriented(p, group["proj_type"])
         R = torch.empty_like(W, dtype=dtype)
         state = {"step": 0, "prev_norm": p.new_full((), math.inf, dtype=dtype)}
-        if r < min(W.shape):  # P is 0, and so are R, N and φ, until a gradient that is not 0 has chosen it
+        if r < min(W.shape):  # P is 0, which makes R 0, until the first gradient that is not 0 chooses it
             state |= {"projection": p.new_zeros(len(W), r), "chosen": False}
             R = p.new_empty(W.shape[1], r, dtype=dtype).T
         return state | self.new_moments(R)
@@ -220,9 +221,8 @@ class Fira(torch.optim.Optimizer):
             P = state["projection"].to(G) if state["chosen"] else None
             return self.find_projection(G, P, state["step"], group)
 
-        threads = torch.get_num_threads()
         # On CPUs a matrix for each core, since on one matrix LAPACK gains little from a second.
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(threads := torch.get_num_threads(), "", torch.set_num_threads, (1,)) as pool:
             found = (pool.map if all(p.device.type == "cpu" for p, _ in due) else map)(find, due)
         torch.set_num_threads(threads)  # or all threads to come would start with 1
         for (p, group), P in zip(due, list(found)):
@@ -230,22 +230,22 @@ class Fira(torch.optim.Optimizer):
             self.state[p]["chosen"] = bool(P.any())
 
     def find_projection(self, G: Tensor, P: Tensor | None, step: int, group: dict) -> Tensor:
-        """A new P (m, r), its columns orthonormal, for G (m, n), whose largest entry is 1, and the old P, if any."""
+        """A new P (m, r), orthonormal columns, for G (m, n), of largest entry 1, and the old P. Called in threads."""
         if group["proj_method"] == "random":  # on the CPU, seeded by the step: the same on every device and process
             shape, generator = (len(G), group["rank"]), torch.Generator().manual_seed(step)
             return torch.linalg.qr(torch.randn(shape, dtype=G.dtype, device="cpu", generator=generator)).Q.to(G)
-        if group["proj_method"] == "svd" or P is None:
+        if group["proj_method"] == "svd" or P is None or not (Y := G.T @ P).any():  # from a P without G, none is found
             return singular_vectors(G, group["rank"])
-        Q = torch.linalg.qr(G @ (G.T @ P)).Q  # a step of subspace iteration towards them
+        Q = torch.linalg.qr(G @ Y).Q  # a step of subspace iteration towards them
         return Q @ singular_vectors(Q.T @ G, group["rank"])  # Adam works elementwise: vectors, not just their span
 
     def change_subspace(self, state: dict, P: Tensor, group: dict) -> None:
-        """M and V stay as they are, so each vector of the new P (m, r) points along the one it replaces."""
+        """Store the new P (m, r). M and V stay, so each of its vectors points along the one that it replaces."""
         signs = torch.where((P * state["projection"]).sum(0) < 0, -1.0, 1.0)  # an SVD's are arbitrary
         state["projection"] = (P * signs.to(P)).contiguous()
 
     def update_adamw(self, p: Tensor, group: dict) -> None:
-        """torch's fused AdamW. Its kernel sees only memory: what is laid out otherwise than the moments is copied."""
+        """torch's fused AdamW. Its kernel ignores strides and dtypes: what differs from the moments' is copied."""
         M, V, step = (self.state[p][name] for name in ("exp_avg", "exp_avg_sq", "step"))
         # They are float32 for 16-bit weights, and dense, which a slice or an expanded gradient is not.
         alike = {x: (x.dtype, x.stride()) == (M.dtype, M.stride()) for x in (p, p.grad)}
@@ -263,13 +263,14 @@ class Fira(torch.optim.Optimizer):
         def check(_, saved):  # after the caller's own hooks
             groups = [own | new | {"rank": own["rank"]} for own, new in zip(self.param_groups, saved["param_groups"])]
             for own, group in zip(self.param_groups, groups):
+                check_group(group | {"params": own["params"]})
                 for p, index in zip(own["params"], group["params"]):
                     if index in saved["state"]:
                         loaded[p] = self.restored(saved["state"][index], self.new_state(p, group), name_of(p, own))
-            return saved | {"param_groups": groups}
+            return saved | {"param_groups": groups + saved["param_groups"][len(groups) :]}
 
         after = self.register_load_state_dict_post_hook(lambda _: self.state.update(loaded), prepend=True)
-        with after, self.register_load_state_dict_pre_hook(check):  # which removes both again
+        with after, self.register_load_state_dict_pre_hook(check):  # `with` removes the hooks
             super().load_state_dict(state_dict)
 
     def restored(self, saved: dict, state: dict, name: str) -> dict:
@@ -291,8 +292,8 @@ def check_group(group: dict) -> None:
     """Raise ValueError, with what is wrong, if a group's options or parameters are."""
     torch.optim.AdamW([torch.zeros(1)], **{k: group[k] for k in ("lr", "betas", "eps", "weight_decay")})  # checks these
     for name, holds, what in (
-        ("rank", group["rank"] is None or group["rank"] == int(group["rank"]) >= 1, "a whole number above 0, or None"),
-        ("update_proj_gap", group["update_proj_gap"] == int(group["update_proj_gap"]) >= 1, "a whole number above 0"),
+        ("rank", group["rank"] is None or 0 < group["rank"] == group["rank"] // 1, "a whole number above 0, or None"),
+        ("update_proj_gap", 0 < group["update_proj_gap"] == group["update_proj_gap"] // 1, "a whole number above 0"),
         ("alpha", 0 < group["alpha"] < math.inf, "finite and above 0"),
         ("gamma", group["gamma"] is None or group["gamma"] >= 1, "at least 1, or None for no limiter"),
         ("only_scaling", not group["only_scaling"] or group["scaling"], "False where scaling is None"),
@@ -312,8 +313,8 @@ def param_groups(model: nn.Module, rank: int | None, **options) -> list[dict]:
     """Groups for `Fira`: the matrices of the transformer's blocks with a rank and the options, all else AdamW.
 
     A block is a module with modules in it in an `nn.ModuleList`, or with others of its class in an `nn.Sequential`. Its
-    matrices are its 2-D parameters but embeddings. Norms and biases have no weight decay. All have the same learning
-    rate, as in the authors' release. Raises ValueError if there are no such matrices or options.
+    matrices are its 2-D parameters but embeddings. Norms and biases have no weight decay. All else is the optimizer's,
+    the learning rate too, as in the authors' release. Raises ValueError if there are no such matrices or options.
     """
     if unknown := options.keys() - Fira.__init__.__annotations__.keys():
         raise ValueError(f"Fira has no option {', '.join(sorted(unknown))}")
@@ -329,12 +330,11 @@ def param_groups(model: nn.Module, rank: int | None, **options) -> list[dict]:
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = {p: None for p in trained if p.dim() == 2 and p in in_blocks and p not in in_embeddings}
     if not matrices:
-        found = "found no blocks with matrices (FSDP hides them)" if trained else "no parameter requires a gradient"
+        found = "no blocks with matrices (FSDP splits them)" if trained else "no parameter requires a gradient"
         raise ValueError(f'{found}; make groups by hand: [{{"params": matrices, "rank": r}}, {{"params": others}}]')
-    rest = [p for p in trained if p not in matrices]
     groups = [
         {"params": list(matrices), "rank": rank, **options},
-        {"params": [p for p in rest if p.dim() >= 2], "rank": None},
-        {"params": [p for p in rest if p.dim() < 2], "rank": None, "weight_decay": 0.0},
+        {"params": [p for p in trained if p.dim() >= 2 and p not in matrices], "rank": None},
+        {"params": [p for p in trained if p.dim() < 2], "rank": None, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

@@ -1,0 +1,506 @@
+"""Tests of train.py: what a run learns, writes and says, runs by name, comparisons, and a user's mistakes."""
+
+import gc
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fira
+import model
+import train
+from fira import Fira
+
+ROOT = Path(train.__file__).resolve().parent
+SMALL = "--data text.txt --steps 20 --eval_interval 10 --block_size 32 --batch_size 4 --rank 8 --update_proj_gap 15"
+SMALL = [*SMALL.split(), "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """An empty folder to run in, with a text of 60 kB."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "SAMPLE_TOKENS", 100)
+    Path("text.txt").write_text(
+        "".join((ROOT / name).read_text() for name in ("fira.py", "model.py", "train.py"))[:60_000]
+    )
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    train.STOP.clear()
+    fira.fira_update = train.UPDATE
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def runs(*arguments, code=0):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        try:
+            train.main()
+        except SystemExit as stopped:
+            assert (stopped.code or 0) == code, stopped.code
+
+
+def fails(*arguments, says):
+    """The run must stop with one line that holds `says`. Returns the line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            train.main()
+    line = str(stopped.value.code)
+    del stopped
+    gc.collect()  # the frames that the error kept, and with them the lock
+    assert line.startswith("error: ") and "\n" not in line and says in line, line
+    return line
+
+
+def log(name):
+    return [json.loads(line) for line in Path("out", name, "log.jsonl").read_text().splitlines()]
+
+
+def checkpoint(name):
+    return torch.load(Path("out", name, "ckpt.pt"), weights_only=True)
+
+
+def same_weights(a, b):
+    return all(torch.equal(value, checkpoint(b)["model"][name]) for name, value in checkpoint(a)["model"].items())
+
+
+def process(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, ROOT / "train.py", *map(str, arguments)], capture_output=True, text=True, **options
+    )
+
+
+# A run
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp", "bf16"])
+def test_a_run_learns_and_writes_what_it_says(capsys, precision):
+    runs(*SMALL, "--steps", 40, "--precision", precision, "--name", "run")
+    printed = capsys.readouterr().out
+    for words in ("869,760 parameters", "28 matrices at rank 8, 11 others AdamW", "tuned for 1,500 steps", "out/run"):
+        assert words in printed
+    entries = log("run")
+    assert [entry["step"] for entry in entries] == [10, 20, 30, 40]
+    assert entries[-1]["val_loss"] < entries[0]["val_loss"] < math.log(257) and entries[-1]["loss"] < entries[0]["loss"]
+    assert entries[-1]["bits_per_byte"] == pytest.approx(entries[-1]["val_loss"] / math.log(2), rel=1e-3)
+    assert json.loads(Path("out/run/result.json").read_text())["val_loss"] == entries[-1]["val_loss"]
+    assert json.loads(Path("out/run/config.json").read_text())["rank"] == 8 and Path("out/run/sample.txt").read_text()
+    saved = checkpoint("run")
+    assert saved["step"] == 40 and saved["shape"]["d_model"] == 128
+    assert {v.dtype for v in saved["model"].values()} == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    state = [v for s in saved["optimizer"]["state"].values() for v in s.values() if isinstance(v, torch.Tensor)]
+    assert sum(v.nbytes for v in state) == entries[-1]["state_bytes"] and entries[-1]["peak_bytes"] is None
+
+
+def test_a_run_of_any_length_is_evaluated_eight_times():
+    for steps in (8, 9, 31, 150, 1500, 100_000):
+        config = train.Config(steps=steps).resolve()
+        assert steps // config.eval_interval + bool(steps % config.eval_interval) >= 8
+        assert config.eval_interval <= 1000
+    runs(*SMALL[:-2], "--eval_interval", 3, "--name", "run")
+    assert [entry["step"] for entry in log("run") if "val_loss" in entry] == [3, 6, 9, 12, 15, 18, 20]
+
+
+def test_batches_and_initial_weights_are_those_of_the_seed():
+    configs = [train.Config(optimizer=name, seed=3).resolve() for name in ("fira", "adamw", "lora")]
+    weights = [train.build(config, 257)[0].state_dict() for config in configs]
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name])
+        assert torch.equal(weight, weights[2].get(name, weights[2].get(name.replace(".weight", ".linear.weight"))))
+    tokens = np.arange(10_000) % 257
+    a, b = (train.batch(tokens, config, step=5) for config in configs[:2])
+    assert torch.equal(a, b) and a.shape == (1, 16, 129) and not torch.equal(a, train.batch(tokens, configs[0], step=6))
+    assert torch.equal(train.batch(np.arange(129), configs[0], step=1)[0, 0], torch.arange(129))  # the shortest text
+
+
+def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
+    config = train.Config(steps=100).resolve()
+    rates = [train.schedule(step, config) for step in range(1, 101)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 and rates[99] == pytest.approx(0.1) and max(rates) == 1.0
+    assert rates[54] == pytest.approx(0.55) and all(a > b for a, b in zip(rates[9:], rates[10:]))
+    runs(*SMALL, "--lr", 0.004, "--name", "run")
+    rates = [0.004 * train.schedule(step, train.Config(steps=20).resolve()) for step in (10, 20)]
+    assert [entry["lr"] for entry in log("run")] == pytest.approx(rates, rel=1e-12)
+
+
+def test_a_group_keeps_its_own_learning_rate(monkeypatch):
+    seen, groups = [], train.param_groups
+    monkeypatch.setattr(
+        train, "param_groups", lambda *a, **k: [g | {"lr": 0.5 / (i + 1)} for i, g in enumerate(groups(*a, **k))]
+    )
+    step = Fira.step
+    monkeypatch.setattr(Fira, "step", lambda self: seen.append([g["lr"] for g in self.param_groups]) or step(self))
+    runs(*SMALL, "--steps", 2, "--warmup", 2)
+    assert seen == [[0.25, 0.125, 0.5 / 6], [0.5, 0.25, 0.5 / 3]]
+
+
+@pytest.mark.parametrize("optimizer", train.METHODS)
+def test_every_method_trains(optimizer):
+    runs(*SMALL, "--steps", 10, "--optimizer", optimizer, "--name", "run")
+    assert log("run")[-1]["val_loss"] < 5 and ("energy_share" in log("run")[-1]) == (
+        optimizer not in ("adamw", "lora", "galore")
+    )
+
+
+def test_gradient_accumulation_is_a_larger_batch():
+    for name, batch_size, grad_accum in (("whole", 8, 1), ("parts", 2, 4)):
+        runs(
+            *SMALL,
+            "--steps",
+            3,
+            "--batch_size",
+            batch_size,
+            "--grad_accum",
+            grad_accum,
+            "--eval_interval",
+            1,
+            "--name",
+            name,
+        )
+    assert [e["loss"] for e in log("whole")] == pytest.approx([e["loss"] for e in log("parts")], rel=1e-4)
+
+
+def test_layerwise_and_checkpointing_train_the_same(monkeypatch):
+    steps, step, calls = [], Fira.step, []
+    recompute = model.checkpoint
+    monkeypatch.setattr(model, "checkpoint", lambda *a, **k: calls.append(1) or recompute(*a, **k))
+    runs(*SMALL, "--name", "plain")
+    assert not calls
+    runs(*SMALL, "--checkpointing", "--name", "checkpointing")
+    assert len(calls) >= 4 * 20 and same_weights("plain", "checkpointing")
+
+    def count(self):
+        steps.append(sum(p.grad is not None for group in self.param_groups for p in group["params"]))
+        step(self)
+
+    monkeypatch.setattr(Fira, "step", count)
+    runs(*SMALL, "--layerwise", "--name", "layerwise")
+    assert max(steps) == 1 and steps.count(1) == 39 * 20 and same_weights("plain", "layerwise")
+
+
+def test_compile_compiles_the_model_and_the_update(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled.append((f, options)) or f)
+    runs(*SMALL, "--compile", "--steps", 2)
+    assert compiled[0] == (train.UPDATE, {"dynamic": False}) and isinstance(compiled[1][0], model.Transformer)
+
+
+def test_the_figures_of_the_subspaces_are_read_in_every_tenth_step_alone(monkeypatch):
+    t, calls, inside = torch.tensor, [], train.inside_subspaces
+    a = {"G": t([3.0, 4.0]), "R": t([0.0, 3.0]), "phi": t([1.0, 2.0]), "S": t(4.0), "limited": t(3.0)}
+    b = {"G": t([5.0]), "R": t([4.0]), "phi": t([6.0]), "S": t(3.0), "limited": t(3.0)}
+    assert inside([a, {}, b, None, {"mine": 1}]) == {
+        "energy_share": 0.5,
+        "mean_phi": 3.0,
+        "S_norm": 5.0,
+        "S_limited": pytest.approx(18**0.5),
+        "matrices_limited": 1,
+    }
+    assert inside([{}]) == {}
+    monkeypatch.setattr(train, "inside_subspaces", lambda seen: calls.append(len(seen)) or inside(seen))
+    runs(*SMALL, "--steps", 25, "--eval_interval", 5, "--name", "run")
+    assert calls == [28, 28] and ["energy_share" in entry for entry in log("run")] == [False, True, False, True, False]
+    assert all(0 < e["energy_share"] <= 1 and e["S_limited"] <= e["S_norm"] for e in log("run") if "S_norm" in e)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--rank", 300], "--rank 300 is not below the width of 28 matrices"),
+        (["--rank", 200], "--rank 200 is not below the width of 28 matrices"),
+        (["--steps", 2], "tuned for 1,500 steps"),
+    ],
+)
+def test_warnings(capsys, arguments, says):
+    runs(*SMALL, "--steps", 2, *arguments)
+    assert says in capsys.readouterr().out
+
+
+def test_a_terminal_of_80_columns_is_wide_enough():
+    flags = [*SMALL, "--optimizer", "fira_only_scaling", "adamw", "--threads", 1]
+    import pty
+
+    parent, child = pty.openpty()
+    done = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=child,
+        text=True,
+        env=os.environ | {"COLUMNS": "80"},
+    )
+    os.close(child)
+    drawn = b""
+    try:
+        while part := os.read(parent, 4096):
+            drawn += part
+    except OSError:
+        pass
+    out = done.communicate()[0]
+    own = [line for line in re.sub(r"sample     -+\n.*?\n-{71}\n", "", out, flags=re.S).splitlines()]
+    bars = re.sub(r"\x1b\[\w", "", drawn.decode()).replace("\n", "\r").split("\r")
+    assert done.returncode == 0 and max(map(len, own)) <= 80 and max(map(len, bars)) <= 80
+    assert any("evaluating" in bar and "%" in bar for bar in bars) and any("ms/step" in bar for bar in bars)
+
+
+# Names
+
+
+def test_a_run_never_displaces_another(capsys):
+    runs(*SMALL)
+    first = Path("out/nano-text-fira-seed0-20steps/ckpt.pt").read_bytes()
+    fails(*SMALL, says="holds a run: go on by --resume, or give this one a --name")
+    fails(*SMALL, "--lr", 1, says="holds a run")
+    assert train.Config(steps=1500).resolve().folder == Path("out/nano-stdlib-fira-seed0")
+    runs(*SMALL, "--lr", 0.001, "--name", "mine")
+    assert not same_weights("nano-text-fira-seed0-20steps", "mine")
+    assert Path("out/nano-text-fira-seed0-20steps/ckpt.pt").read_bytes() == first
+    fails(*SMALL, "--name", "bad", "--lr", 1e6, says="is not finite")
+    runs(*SMALL, "--name", "bad")  # a run that failed before its first checkpoint has nothing to keep
+
+
+def test_resume_sample_and_export_take_a_name_or_a_folder(capsys):
+    pytest.importorskip("transformers")
+    runs(*SMALL, "--name", "one")
+    capsys.readouterr()
+    for name in ("one", "out/one", Path("out/one").resolve()):
+        runs("--name", name, "--sample", "def main(")
+        printed = capsys.readouterr().out
+        assert re.match(r"using +\S*out/one at step 20\ndef main\(", printed) and len(printed) > 80
+    runs("--name", "one", "--resume", "--steps", 30)
+    assert "using      out/one at step 20" in capsys.readouterr().out and checkpoint("one")["step"] == 30
+    runs("--name", "out/one", "--export", "exported")
+    assert json.loads(Path("exported/config.json").read_text())["eos_token_id"] == 256
+    line = fails("--name", "oen", "--sample", "x", says="no run 'oen' in out: did you mean one?")
+    assert "(one)" in line
+    runs(*SMALL, "--init_from", "exported", "--lr", 1e-6, "--name", "tuned")
+    assert log("tuned")[-1]["val_loss"] == pytest.approx(log("one")[-1]["val_loss"], abs=5e-3)
+    assert train.Config(init_from="exported").resolve().lr == pytest.approx(1e-3)  # a tenth
+    fails(*SMALL, "--init_from", "exported", "--model", "60m", says="--model goes without --init_from")
+    fails(*SMALL, "--init_from", "nowhere/at/all", says="nowhere")
+
+
+# Comparing
+
+
+def test_compare_shows_what_differs_and_trains_nothing(capsys, monkeypatch):
+    runs(*SMALL, "--name", "a")
+    runs(*SMALL, "--name", "b", "--lr", 0.02)
+    runs(*SMALL, "--name", "c", "--optimizer", "galore", "--rank", 4)
+    Path("out/c/result.json").unlink()
+    lines = Path("out/c/log.jsonl").read_text().splitlines()
+    Path("out/c/log.jsonl").write_text(lines[0] + '\n{"step": 2')  # unfinished, and half a line of a kill
+    capsys.readouterr()
+    monkeypatch.setattr(train, "train", None)
+    runs("--compare", "a", "b")
+    table = capsys.readouterr().out
+    for name, label in (("a", "lr 0.01 "), ("b", "lr 0.02 ")):
+        assert re.search(rf"^{label} +20 +{log(name)[-1]['val_loss']:.4f} ", table, flags=re.M)
+    assert "rank" not in table and Path("out/compare.png").stat().st_size > 10_000
+    runs("--compare", "a", "out/c", "b", "--name", "all")
+    table = capsys.readouterr().out
+    assert "fira, lr 0.01, rank 8" in table and "galore, lr 0.01, rank 4" in table and Path("out/all.png").exists()
+    assert re.search(r"rank 4 +10 +\d", table) or re.search(r"rank 4\n +10 +\d", table)
+    runs(*SMALL, "--name", "none", "--steps", 1) if False else None
+    Path("out/c/log.jsonl").write_text("")
+    runs("--compare", "a", "c")
+    for name, content in (
+        ("config.json", "{"),
+        ("config.json", '{"x": 1}'),
+        ("config.json", "[]"),
+        ("log.jsonl", '{"a": 1}\n'),
+        ("log.jsonl", "nonsense\n"),
+    ):
+        good = Path("out/b", name).read_text()
+        Path("out/b", name).write_text(content)
+        fails("--compare", "a", "b", says=f"out/b/{name} is damaged")
+        Path("out/b", name).write_text(good)
+    fails("--compare", "a", "d", says="no run 'd'")
+
+
+def test_several_optimizers_one_after_the_other(capsys, monkeypatch):
+    build = train.build
+
+    def sick(config, *arguments):
+        if config.optimizer == "galore":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return build(config, *arguments)
+
+    monkeypatch.setattr(train, "build", sick)
+    flags = [*SMALL, "--optimizer", "fira", "galore", "adamw"]
+    runs(*flags, code=1)
+    printed = capsys.readouterr().out
+    assert "galore failed: out of memory" in printed
+    table = printed[printed.rindex("val loss") :]
+    assert "\nfira, lr 0.01 " in table and "\nadamw, lr 0.002" in table and "galore" not in table
+    assert Path("out/compare.png").exists()
+    monkeypatch.setattr(train, "build", build)
+    before = checkpoint("nano-text-fira-seed0-20steps")
+    runs(*flags)
+    assert "galore" in capsys.readouterr().out.split("val loss")[-1]  # trained now, and the others are there already
+    assert same_weights("nano-text-fira-seed0-20steps", "nano-text-fira-seed0-20steps") and before["step"] == 20
+    runs(*flags, "--lr", 0.5, code=1)  # not passed off as trained with another learning rate
+    assert "was trained with --lr 0.01, not 0.5" in capsys.readouterr().out
+
+
+def test_without_matplotlib_it_says_so_before_training(capsys, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    runs(*SMALL, "--name", "run")
+    printed = capsys.readouterr().out
+    assert "without matplotlib" in printed.splitlines()[0] and not Path("out/run/curves.png").exists()
+    assert Path("out/run/result.json").exists()
+
+
+# Variants
+
+VARIANT = """
+from fira import Fira
+class Mine(Fira):
+    def inner(self, R, state, group):
+        return R.sign(), 0.01
+Same = Mine
+"""
+
+
+def test_a_variant_trains_and_resumes(capsys):
+    Path("mine.py").write_text(VARIANT)
+    runs(*SMALL)
+    runs(*SMALL, "--variant", "mine.py")
+    name = "nano-text-fira-mine-seed0-20steps"
+    assert json.loads(Path("out", name, "config.json").read_text())["variant"] == "mine.py"
+    assert not same_weights("nano-text-fira-seed0-20steps", name)
+    state = checkpoint(name)["optimizer"]["state"]
+    assert not any(s["exp_avg"].any() for s in state.values() if "projection" in s)  # its own inner ran
+    runs("--name", name, "--resume", "--steps", 30)
+    state = checkpoint(name)["optimizer"]["state"]
+    assert not any(s["exp_avg"].any() for s in state.values() if "projection" in s)
+    runs(*SMALL, "--variant", "mine.py", "--optimizer", "adamw")
+    assert "no group has a rank" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (None, "does not load"),
+        ("x = ", "does not load: SyntaxError"),
+        ("1 / 0", "does not load: ZeroDivisionError"),
+        ("from fira import Fira", "must define one subclass of Fira, but defines 0"),
+        (VARIANT + "class Other(Fira):\n    pass\n", "must define one subclass of Fira, but defines 2"),
+    ],
+)
+def test_a_bad_variant_is_one_line(content, says):
+    if content:
+        Path("bad.py").write_text(content)
+    fails(*SMALL, "--variant", "bad.py", says=says)
+    assert not Path("out").exists()
+
+
+# A user's mistakes
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--model", "60n"], "did you mean 60m?"),
+        (["--optimizer", "adam"], "did you mean adamw?"),
+        (["--optimizer", "fira", "glore"], "did you mean galore?"),
+        (["--data", "shakespear"], "shakespeare"),
+        (["--device", "cuda:77"], "'cuda:77' is not there"),
+        (["--device", "gpu"], "'gpu' is not there"),
+        (["--rank", "0"], "--rank 0 must be from 1"),
+        (["--lr", "-1"], "--lr -1.0 must be from 0"),
+        (["--lr", "nan"], "--lr nan must be from 0"),
+        (["--alpha", "-1"], "--alpha -1.0"),
+        (["--alpha", "0"], "alpha=0.0"),
+        (["--alpha", "1e300"], "--alpha 1e+300 must be from 0 to 1e9"),
+        (["--gamma", "0.9"], "gamma=0.9"),
+        (["--steps", "0"], "--steps 0"),
+        (["--precision", "fp8"], "unknown precision 'fp8'"),
+        (["--alpha_mode", "papr"], "did you mean paper?"),
+        (["--temperature", "1e-45"], "--temperature 1e-45 must be 0, or at least 0.001"),
+        (["--block_size", "99999"], "shorter than --block_size 99999"),
+        (["--model", "7b", "--block_size", "99999"], "shorter than --block_size 99999"),  # before the model is built
+        (["--resume"], "no run"),
+        (["--sample", "x"], "no run"),
+        (["--seed", "99999999999999999999999"], "--seed"),
+        (["--layerwise", "--grad_accum", "2"], "--layerwise frees each gradient at once"),
+        (["--layerwise", "--grad_clip", "1"], "--layerwise frees each gradient at once"),
+        (["--name", "a/b"], "--name 'a/b'"),
+        (["--name", ""], "--name ''"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_bad_flags_are_named_in_one_line(arguments, says):
+    data = [] if "--data" in arguments else ["--data", "text.txt"]
+    fails(*data, *arguments, says=says)
+    assert not Path("out").exists()
+
+
+def test_wrong_types_and_unknown_flags_are_one_line(capsys):
+    for arguments, says in (
+        (["--steps", "many"], "many"),
+        (["--stepps", "3"], "did you mean --steps?"),
+        (["what"], "what"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            train.parse(arguments)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and says in error
+
+
+def test_output_that_is_not_utf8():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "RANK": "", "WORLD_SIZE": ""}
+    help = process("--help", env=environment)
+    assert help.returncode == 0 and "?, GaLore's factor" in help.stdout
+    for name in train.Config.__dataclass_fields__:
+        assert f"--{name} " in help.stdout
+    Path("text.txt").write_text("äöü αβγ\n" * 5000, encoding="utf-8")
+    run = process(*SMALL, "--steps", 1, "--name", "run", env=environment | {"LC_ALL": "C"})
+    assert run.returncode == 0, run.stderr
+    Path("out/run/sample.txt").read_text(encoding="utf-8")
+
+
+def test_a_loss_or_a_weight_that_is_not_finite_is_not_saved(monkeypatch):
+    forward, calls = model.Transformer.forward, []
+
+    def sick(self, tokens, targets=None, **options):
+        loss = forward(self, tokens, targets, **options)
+        calls.append(torch.is_grad_enabled())
+        return loss * math.nan if sum(calls) == 17 and calls[-1] else loss
+
+    monkeypatch.setattr(model.Transformer, "forward", sick)
+    fails(*SMALL, "--optimizer", "adamw", "--name", "loss", says="the loss is not finite in a step from 11 to 20")
+    assert checkpoint("loss")["step"] == 10 and all(v.isfinite().all() for v in checkpoint("loss")["model"].values())
+    calls.clear()
+    line = fails(*SMALL, "--update_proj_gap", 16, "--name", "choice", says="Try a lower --lr")  # 17 chooses a subspace
+    assert "not finite" in line and checkpoint("choice")["step"] == 10
+    monkeypatch.setattr(model.Transformer, "forward", forward)
+    steps, step = [], Fira.step
+
+    def broken(self):
+        step(self)
+        steps.append(1)
+        if len(steps) == 20:
+            self.param_groups[0]["params"][0].data[0, 0] = math.nan
+
+    monkeypatch.setattr(Fira, "step", broken)
+    fails(*SMALL, "--name", "weight", says="not finite")
+    assert checkpoint("weight")["step"] == 10
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda *a: 1 / 0)
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        fails(*SMALL, says="Traceback")
