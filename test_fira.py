@@ -3,6 +3,7 @@ the fast code. Then the subspace, what a step costs, AdamW, what one expects of 
 
 import copy
 import importlib
+import inspect
 import io
 import itertools
 import math
@@ -10,7 +11,6 @@ import pickle
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,8 +40,7 @@ OPTIONS = {"lr": 0.02, "alpha": 0.3, "betas": (0.8, 0.95), "weight_decay": 0.1, 
 
 def random_gradients(shape, steps, dtype=torch.float64, seed=0):
     """Gradients with a decaying spectrum and columns of very different sizes, some larger, so that the limiter acts."""
-    generator = torch.Generator().manual_seed(seed)
-    m, n = shape
+    (m, n), generator = shape, torch.Generator().manual_seed(seed)
     low = torch.randn(m, 4, generator=generator).double() @ torch.randn(4, n, generator=generator).double()
     noise = [torch.randn(m, n, generator=generator).double() for _ in range(steps)]
     sizes = torch.logspace(-3, 1, n).double()
@@ -232,15 +231,14 @@ def test_a_subspace_that_the_gradient_has_left_is_chosen_anew():
     torch.testing.assert_close((P.T @ naive.singular_vectors(after, P, 3)).abs(), torch.eye(3).double())
 
 
-@pytest.mark.parametrize("proj_method", ["svd", "subspace"])
-def test_the_signs_of_singular_vectors_do_not_matter(proj_method):
+def test_the_signs_of_singular_vectors_do_not_matter():
     class RandomSigns(Fira):
         def find_projection(self, *arguments):
             return super().find_projection(*arguments) * (torch.randint(2, (5,)) * 2 - 1)
 
     torch.manual_seed(0)
-    options = {"rank": 5, "update_proj_gap": 4, "proj_method": proj_method}
-    got, expected = (end(random_gradients((12, 30), 14), kind=kind, **options) for kind in (RandomSigns, Fira))
+    options, gradients = {"rank": 5, "update_proj_gap": 4}, random_gradients((12, 30), 14)
+    got, expected = (end(gradients, kind=kind, **options) for kind in (RandomSigns, Fira))
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
 
 
@@ -351,7 +349,6 @@ def test_a_group_without_rank_is_adamw_bit_for_bit(scale, dtype):
 
 LAYOUTS = {  # of a (4, 3) tensor
     "slice": lambda: torch.ones(4, 6)[:, :3],
-    "step": lambda: torch.ones(8, 3)[::2],
     "transposed": lambda: torch.ones(3, 4).T,
     "expanded": lambda: torch.ones(4, 1).expand(4, 3),
     "plain": lambda: torch.ones(4, 3),
@@ -359,7 +356,7 @@ LAYOUTS = {  # of a (4, 3) tensor
 
 
 @pytest.mark.parametrize("rank, dtype", [(None, torch.float32), (None, torch.bfloat16), (2, torch.float32)])
-@pytest.mark.parametrize("weight", ["slice", "step", "transposed", "plain"])
+@pytest.mark.parametrize("weight", ["slice", "transposed", "plain"])
 @pytest.mark.parametrize("gradient", LAYOUTS)
 def test_neither_the_layout_in_memory_nor_16_bits_change_a_step(weight, gradient, rank, dtype):
     around = torch.ones(8, 6, dtype=dtype)
@@ -401,8 +398,7 @@ def saved_and_loaded(both):
     saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     other = small_model(next(model.parameters()).dtype)
     other.load_state_dict(saved["model"])
-    groups = param_groups(other, rank=optimizer.param_groups[0]["rank"])  # the other options are those that were saved
-    resumed = Fira(groups, lr=0.5)
+    resumed = Fira(param_groups(other, rank=optimizer.param_groups[0]["rank"]))  # all other options are loaded
     resumed.load_state_dict(saved["optimizer"])
     return other, resumed
 
@@ -448,13 +444,8 @@ def test_closures_and_step_hooks():
     optimizer = Fira([p], rank=2)
     optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
     optimizer.register_step_post_hook(lambda *_: calls.append(p.sum().item()))
-
-    def closure():
-        p.square().sum().backward()
-        return calls.append("closure")
-
     with torch.no_grad():
-        optimizer.step(closure)
+        optimizer.step(lambda: calls.append("closure") or p.square().sum().backward())
     assert calls == ["pre", "closure", p.sum().item()] and calls[-1] != 32 and "Fira" in repr(optimizer)
     assert optimizer.step(lambda: 3.0) == 3.0 and optimizer.step() is None
 
@@ -526,15 +517,13 @@ def test_a_huge_finite_gradient_leaves_weights_finite(member, at):
 
 
 def test_the_file_needs_torch_only_and_may_be_there_twice(tmp_path, monkeypatch):
-    source = Path(fira.__file__).read_text(encoding="utf-8")
+    source = inspect.getsource(fira)
     names = re.findall(r"^ *(?:import|from) (\w+)", source, flags=re.MULTILINE)
     assert "torch" in names and set(names) <= {"torch", *sys.stdlib_module_names}
     (tmp_path / "mine.py").write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    ends = [
-        end(random_gradients((8, 20), 2), kind=kind, rank=3) for kind in (importlib.import_module("mine").Fira, Fira)
-    ]
-    assert torch.equal(*ends)
+    mine, gradients = importlib.import_module("mine"), random_gradients((8, 20), 2)
+    assert torch.equal(end(gradients, kind=mine.Fira, rank=3), end(gradients, rank=3))
 
 
 # Saved states
@@ -555,8 +544,7 @@ FOREIGN = {  # the rank of the optimizer, and a state that is not one of its own
 
 @pytest.mark.parametrize("rank, saved", FOREIGN.values(), ids=FOREIGN)
 def test_a_foreign_state_is_refused(rank, saved):
-    optimizer = Fira([("other", nn.Parameter(torch.ones(1, 1))), ("layer.weight", nn.Parameter(torch.ones(8, 20)))])
-    optimizer.param_groups[0]["rank"] = rank
+    optimizer = Fira([("other", torch.ones(1, 1)), ("layer.weight", torch.ones(8, 20))], rank=rank)
     step(optimizer, None, torch.ones(8, 20))
     before, saved = str(optimizer.state_dict()), saved()
     saved["param_groups"][0]["params"] = [1, 0]  # the first one has no state
@@ -629,6 +617,11 @@ def test_what_does_not_go_together_or_is_called_otherwise_is_refused():
             Fira([{"params": [p], theirs: 1.0}], rank=2)
     with pytest.raises(ValueError, match="no option params, scale"):
         param_groups(small_model(), rank=2, scale=0.25, params=3)
+    for model in (nn.Embedding(4, 4), nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))):
+        with pytest.raises(ValueError, match="no blocks with matrices .*make groups by hand"):
+            param_groups(model, rank=2)
+        with pytest.raises(ValueError, match="no parameter requires a gradient"):
+            param_groups(model.requires_grad_(False), rank=2)
     optimizer = Fira([{"params": [p], "name": "blocks", "lr_scale": 0.5}], rank=np.int64(2))  # labels are allowed
     step(optimizer, torch.ones(4, 8))
     assert optimizer.param_groups[0]["name"] == "blocks" and type(optimizer.param_groups[0]["rank"]) is int
@@ -694,8 +687,7 @@ two = small_model()[1:3]  # blocks
 MODELS = {  # how many matrices have a rank
     "list": (4, lambda: nn.Sequential(nn.Embedding(11, 12), nn.ModuleList(two), nn.Linear(12, 11))),
     "head of two": (4, lambda: nn.Sequential(nn.ModuleList(two), nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 3)))),
-    "bag": (1, lambda: nn.ModuleList([nn.Sequential(nn.EmbeddingBag(9, 12), nn.Linear(12, 12)), nn.Linear(12, 11)])),
-    "3-D": (1, lambda: nn.ModuleList([nn.Sequential(nn.Embedding(9, 12), nn.Conv1d(1, 2, 3), nn.Linear(12, 12))])),
+    "some": (1, lambda: nn.ModuleList([nn.Sequential(nn.EmbeddingBag(9, 2), nn.Conv1d(1, 2, 3), nn.Linear(2, 2))])),
     "half frozen": (2, lambda: nn.Sequential(*small_model()[:2].requires_grad_(False), *small_model()[2:])),
     "torch's": (8, lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, batch_first=True), 2)),
 }
@@ -706,11 +698,3 @@ def test_only_matrices_of_blocks_are_projected(matrices, make):
     groups = param_groups(make(), rank=2)
     assert len(groups[0]["params"]) == matrices and all(group["params"] for group in groups)
     assert all(p.dim() == 2 and p.requires_grad for p in groups[0]["params"])
-
-
-def test_models_without_matrices_to_project_are_refused():
-    for model in (nn.Embedding(4, 4), nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))):
-        with pytest.raises(ValueError, match="no blocks with matrices .*make groups by hand"):
-            param_groups(model, rank=2)
-        with pytest.raises(ValueError, match="no parameter requires a gradient"):
-            param_groups(model.requires_grad_(False), rank=2)
