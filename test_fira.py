@@ -62,7 +62,7 @@ def step(optimizer, *gradients):
 
 
 def run(*gradients, kind=Fira, **options):
-    """Train matrices, each with its own list of gradients. Returns the optimizer, and for each matrix all its Ws and Ps."""
+    """Train matrices, each with its own list of gradients. Returns the optimizer, and all Ws and all Ps of each."""
     params = [nn.Parameter(start(Gs[0].shape, Gs[0].dtype)) for Gs in gradients]
     optimizer, Ws, Ps = kind(params, **options), [[] for _ in params], [[] for _ in params]
     for now in zip(*gradients):
@@ -683,11 +683,11 @@ def test_param_groups_of_a_transformer(kind):
     assert all(group["rank"] is None for group in param_groups(model, rank=None))
 
 
-two = small_model()[1:3]  # blocks
+two, few = small_model()[1:3], [nn.EmbeddingBag(9, 2), nn.Embedding(9, 2), nn.Conv1d(1, 2, 3), nn.Linear(2, 2)]
 MODELS = {  # how many matrices have a rank
     "list": (4, lambda: nn.Sequential(nn.Embedding(11, 12), nn.ModuleList(two), nn.Linear(12, 11))),
     "head of two": (4, lambda: nn.Sequential(nn.ModuleList(two), nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 3)))),
-    "some": (1, lambda: nn.ModuleList([nn.Sequential(nn.EmbeddingBag(9, 2), nn.Conv1d(1, 2, 3), nn.Linear(2, 2))])),
+    "some": (1, lambda: nn.ModuleList([nn.Sequential(*few), nn.Linear(2, 2)])),
     "half frozen": (2, lambda: nn.Sequential(*small_model()[:2].requires_grad_(False), *small_model()[2:])),
     "torch's": (8, lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, batch_first=True), 2)),
 }
