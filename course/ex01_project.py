@@ -38,4 +38,4 @@ if __name__ == "__main__":
     P, R = project(G, 3)
     print("PᵀP, which should be the identity:\n", P.T @ P)
     print("energy:", ((P @ R).norm() / G.norm()).item() ** 2)
-    print("what P cannot see of the rest, which should be 0:", (P.T @ (G - P @ R)).norm().item())
+    print("what P still sees of the rest, which should be 0:", (P.T @ (G - P @ R)).norm().item())

@@ -9,7 +9,7 @@ GaLore is Adam for R = PᵀG instead of G. It goes on from the moments M and V o
     W ← W − η c_t α P N,     c_t = √(1 − β₂ᵗ) / (1 − β₁ᵗ)
 
 t counts from 1. c_t is Adam's bias correction: it stands with the learning rate η, as in the authors' code, and not in
-N, which matters in exercise 4. P brings N back to the size of W; α = 0.25 is GaLore's own factor.
+N, so φ in exercise 4 is without it. P brings N back to the size of W; α = 0.25 is GaLore's own factor.
 
 P stays for T steps and is then chosen anew, but your function need not know: it takes the P that it is given.
 
@@ -45,7 +45,7 @@ def galore_step(
     raise NotImplementedError
 
 
-# %% Look at it: fifty steps towards a target of which W can reach only a part. Which?
+# %% Look at it: 300 steps towards a target of which W can reach only a part. Which?
 
 if __name__ == "__main__":
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ lets its norm grow by at most the factor γ = 1.01 in a step. It may shrink as i
 
     - Which norm is kept for the next step: that of S before, or after it was limited?
     - There was no step before (`prev_norm` is None). What may S be?
-    - A gradient of zeros: S = 0. What is kept? (At 1 % a step the way back from 0 to 1 is long. How many steps?)
+    - A gradient of zeros: S = 0. What is kept? (From 0 to 1 the way is long, in spite of the 1e-8. How many steps?)
 
 Then make the limiter work: `spike` multiplies what P cannot see of G by a factor, and leaves PᵀG as it is.
 
@@ -43,7 +43,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     G, P, kept = torch.randn(8, 12), torch.linalg.qr(torch.randn(8, 3)).Q, None
     for step in range(1, 11):
-        S = spike(G, P, {3: 50, 7: 0}.get(step, 1))
-        S = S - P @ (P.T @ S)
+        S = spike(G, P, {3: 50}.get(step, 1))
+        S = (S - P @ (P.T @ S)) * (step != 7)
         limited, kept = limit(S, kept)
         print(f"step {step}: ‖S‖ {S.norm():8.3f}, limited {limited.norm():8.3f}, kept {kept}")

@@ -13,7 +13,7 @@ Set both equal, without the one number, and solve for r. It need not be whole.
 Before you write: for a square matrix, is that rank a quarter, a half, or two thirds of the side?
 
     python course/check.py 6
-    python course/ex06_memory.py        then predict the process's peak, and measure it
+    python course/ex06_memory.py        then predict how the peak grows, and measure it
 """
 
 import subprocess
