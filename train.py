@@ -368,10 +368,10 @@ def describe(config: Config, meta: dict, model: Transformer, optimizer: Fira, st
 def finish(config: Config, model: Transformer, optimizer: Fira, tokenizer, log: list[dict]) -> None:
     """The result, a sample and the picture of a run that is at its end."""
     state = sum(v.nbytes for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
-    result = {"optimizer": config.optimizer, "lr": config.lr, "seed": config.seed, **log[-1], "state_bytes": state}
+    result = log[-1] | {"optimizer": config.optimizer, "lr": config.lr, "seed": config.seed, "state_bytes": state}
     result["ms_per_step"] = float(np.median([entry["ms_per_step"] for entry in log]))
     write(config.folder / "result.json", json.dumps(result, indent=2) + "\n")
-    write(config.folder / "sample.txt", text := sample(model, tokenizer, "", config))
+    write(config.folder / "sample.txt", text := sample(model, tokenizer, "\n", config))
     say(f"sample     {'-' * 60}\n{text}\n{'-' * 71}")
     mega = sum(p.numel() for p in model.parameters()) / 1e6
     say(f"state      {state / 1e6:,.1f} MB; AdamW's for all weights is {8 * mega:,.1f} MB")
