@@ -432,7 +432,7 @@ def test_a_failure_leaves_the_old_data_or_none(workplace, monkeypatch, failure, 
             raise failure
         return replace(self, target)
 
-    Path("text.txt").write_text(Path("text.txt").read_text() + "and more\n")  # the same text again would be the same set
+    Path("text.txt").write_text(Path("text.txt").read_text() + "and more\n")  # the same text: the same set
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", stopped)
         with pytest.raises((InputError, KeyboardInterrupt)):

@@ -1,4 +1,4 @@
-"""Tests of train.py: kills, Ctrl-C, full disks, readers that go, other processes; and that a run goes on bit for bit."""
+"""Tests of train.py: kills, Ctrl-C, full disks, readers that go, other processes; a run goes on bit for bit."""
 
 import json
 import signal
