@@ -9,7 +9,7 @@ from pathlib import Path
 FIRA = "--lr 0.01 --alpha 0.25"  # the default setting, on which all ablations rest
 ONLY = "--optimizer fira_only_scaling --lr 0.01 --alpha 1"  # at the default α the update would be a quarter of Fira's
 ADAMW = "--optimizer adamw --lr 0.002"
-ALPHAS, RATES = ("0.0625", "0.125", "0.25", "0.5", "1"), ("0.005", "0.01", "0.02", "0.04")
+ALPHAS = ("0.0625", "0.125", "0.25", "0.5", "1")
 NOISES, RANKS, GAPS = ("0.1", "0.5"), ("2", "8", "32", "64", "128"), ("20", "50", "100", "200", "500")
 SPIKES = {"fira": "", "no-limiter": " --gamma inf", "clipping": " --gamma inf --grad_clip 1"}
 
@@ -85,13 +85,16 @@ def rates(name: str, flags: str, values: tuple) -> list[str]:
 TUNED = {"fira": (5e-4, 1e-3, 2e-3, 4e-3), "adamw": (1e-4, 2e-4, 5e-4, 1e-3), "lora": (3e-4, 1e-3, 3e-3, 1e-2)}
 TUNED["galore"] = TUNED["fira"]
 GRIDS = {
-    "fair": {
-        "fira": [n for a in ALPHAS for n in rates(f"fira-alpha{a}-lr", "--lr {} --alpha " + a, RATES)]
-        + rates("fira-alpha0.03125-lr", "--lr {} --alpha 0.03125", ("0.02", "0.04")),
-        "galore": [
-            n for a in ALPHAS for n in rates(f"galore-alpha{a}-lr", "--optimizer galore --lr {} --alpha " + a, RATES)
-        ],
-        "adamw": rates("adamw-lr", "--optimizer adamw --lr {}", ("0.0005", "0.001", "0.002", "0.003", "0.005")),
+    "fair": {  # α at one learning rate, then the learning rate at the best α and at 1/4
+        m: rates(f"{m}-lr0.02-alpha", f"{optimizer}--lr 0.02 --alpha " + "{}", alphas)
+        + [n for a in best for n in rates(f"{m}-alpha{a}-lr", optimizer + "--lr {} --alpha " + a, best[a])]
+        for m, optimizer, alphas, best in (
+            ("fira", "", ("0.03125", *ALPHAS), {"0.0625": ("0.005", "0.01", "0.04"), "0.25": ("0.005", "0.01")}),
+            ("galore", "--optimizer galore ", ALPHAS, {"0.25": ("0.005", "0.01", "0.04")}),
+        )
+    }
+    | {
+        "adamw": rates("adamw-lr", "--optimizer adamw --lr {}", ("0.001", "0.002", "0.003", "0.005")),
         "lora": rates("lora-lr", "--optimizer lora --lr {}", ("0.001", "0.003", "0.005", "0.01")),
     },
     "finetune": {
