@@ -96,7 +96,8 @@ def summary(folder: Path) -> dict:
     elif config["seed"]:
         every = 10 * max(1, config["steps"] // 300)
     thinned = [entry for entry in log if entry["step"] % every == 0]
-    end = log[-1] if log else {}  # empty where it diverged at once
+    ended = folder / "result.json"  # not there where it diverged, and no log where it did at once
+    end = json.loads(ended.read_text(encoding="utf-8")) if ended.exists() else log[-1] if log else {}
     last = {k: end.get(k) for k in ("val_loss", "bits_per_byte", "state_bytes")}
     return last | {
         "ms_per_step": round(statistics.median([entry["ms_per_step"] for entry in log] or [math.nan]), 2),
