@@ -7,7 +7,7 @@ decide a comparison are written out, so that a changed default of `train.py` cha
 from pathlib import Path
 
 FIRA = "--lr 0.01 --alpha 0.25"  # the default setting, on which all ablations rest
-ONLY = "--optimizer fira_only_scaling --lr 0.01 --alpha 1"  # at the default α the update would be a quarter of Fira's
+ONLY = "--only_scaling --lr 0.01 --alpha 1"  # at the default α the update would be a quarter of Fira's
 ADAMW = "--optimizer adamw --lr 0.002"
 ALPHAS = ("0.0625", "0.125", "0.25", "0.5", "1")
 NOISES, RANKS, GAPS = ("0.1", "0.5"), ("2", "8", "32", "64", "128"), ("20", "50", "100", "200", "500")
@@ -27,28 +27,28 @@ RUNS = {
     "fira-r128-alpha0.2": "record --lr 0.01 --alpha 0.2 --rank 128",
     "fira-random-r32": f"record {FIRA} --proj_method random --rank 32",
     **{f"galore-r{r}": f"--optimizer galore {FIRA} --rank {r}" for r in RANKS if r not in ("32", "128")},
-    "no-scaling": f"--optimizer galore_add {FIRA} --gamma 1.01 --proj_method subspace",
-    "matrix": f"--optimizer fira_matrix {FIRA}",
+    "no-scaling": f"{FIRA} --scaling unit",
+    "matrix": f"{FIRA} --scaling matrix",
     "no-limiter": f"{FIRA} --gamma inf",
     "clipping": f"{FIRA} --gamma inf --grad_clip 1",
     "shrink": f"shrink=0.25 {FIRA}",
     "tensor-wise": f"{FIRA} --alpha_mode paper --gamma inf",
-    "released-matrix": f"--optimizer fira_matrix {FIRA} --alpha_mode released",
+    "released-matrix": f"{FIRA} --scaling matrix --alpha_mode released",
     "released-no-limiter": f"{FIRA} --alpha_mode released --gamma inf",
     **{f"gamma{g}": f"{FIRA} --gamma {g}" for g in ("1.1", "1.001", "1")},
-    "only": f"--optimizer fira_only_scaling {FIRA}",
+    "only": f"{FIRA} --only_scaling",
     **{f"only-r{r}": f"{ONLY} --rank {r}" for r in RANKS},
-    "only-matrix": "--optimizer apollo_mini --proj_method subspace --lr 0.01 --alpha 1 --rank 32",
+    "only-matrix": f"{ONLY} --scaling matrix --rank 32",
     "only-random": f"{ONLY} --proj_method random",
-    "apollo": "--optimizer apollo --lr 0.01",
-    "apollo-mini": "--optimizer apollo_mini --lr 0.01",
+    "apollo": "--only_scaling --proj_method random --lr 0.01 --alpha 0.5",
+    "apollo-mini": "--only_scaling --proj_method random --scaling matrix --rank 1 --lr 0.01 --alpha 1",
     **{f"T{gap}": f"--steps 750 {FIRA} --update_proj_gap {gap}" for gap in GAPS},
     **{
         f"steps-{k}": f"every_step --steps 750 {FIRA} --rank 8 --proj_method svd{v}"
         for k, v in {
             "fira": "",
             "galore": " --optimizer galore",
-            "galore-add": " --optimizer galore_add --gamma inf",
+            "galore-add": " --scaling unit --gamma inf",
         }.items()
     },
     **{

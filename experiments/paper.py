@@ -55,7 +55,7 @@ def train(run: str, seed: int) -> None:
     (changes, flags), folder = split(RUNS[run]), stored.OUT / f"{run}-seed{seed}"
     flags += ["--steps", str(STEPS)] * ("--steps" not in flags or STEPS < 500)
     flags += ["--eval_interval", str(STEPS)] * (STEPS < 500)
-    flags += ["--seed", str(seed), "--name", folder.name, "--out", str(stored.OUT), "--threads", "1", "--device", "cpu"]
+    flags += ["--seed", str(seed), "--name", str(folder), "--threads", "1", "--device", "cpu"]
     command = ["-m", "experiments.patches", *changes] if changes else ["train.py"]
     code, begun = code_hash(RUNS[run]), time.time()
     if (folder / "ckpt.pt").exists() and not changes:

@@ -24,7 +24,7 @@ def every_step() -> None:
 def record() -> None:
     """Keep the scaling factors, for `similarity.py`, beside the run's log."""
     recorder, original = Recorder(), train.train
-    train.UPDATE = fira.fira_update = recorder.update
+    fira.fira_update = recorder.update
 
     def recording(config, *rest):
         original(config, *rest)
@@ -97,13 +97,13 @@ def shrink(mu: str) -> None:
         prev_norm.copy_(s * norm)
         return seen | {"limited": s * norm}
 
-    train.UPDATE = fira.fira_update = shrunk
+    fira.fira_update = shrunk
 
 
 def finetune() -> None:
     """From a model of Python sources to C++ headers, both prepared by `prepare_finetuning`."""
-    out = Path(sys.argv[sys.argv.index("--out") + 1])
-    sys.argv += ["--init_from", str(out / "base"), "--data", "native"]
+    run = Path(sys.argv[sys.argv.index("--name") + 1])
+    sys.argv += ["--init_from", str(run.parent / "base"), "--data", "native"]
 
 
 def prepare_finetuning(out: Path, steps: int) -> None:
@@ -111,13 +111,11 @@ def prepare_finetuning(out: Path, steps: int) -> None:
     headers, run, commands = Path(torch.__file__).parent / "include" / "ATen" / "native", out / "base-run", []
     if not Path("data/native/meta.json").exists():
         commands.append(["prepare_data.py", str(headers), "--glob", "*.h"])
-    if not (run / "result.json").exists():
+    if not (run / "sample.txt").exists():
         again = ["--resume"] if (run / "ckpt.pt").exists() else ["--optimizer", "adamw", "--steps", str(steps)]
-        commands.append(
-            ["train.py", "--name", run.name, "--out", str(out), "--threads", "1", "--device", "cpu", *again]
-        )
+        commands.append(["train.py", "--name", str(run), "--threads", "1", "--device", "cpu", *again])
     if not (out / "base").exists():
-        commands.append(["train.py", "--name", run.name, "--out", str(out), "--export", str(out / "base")])
+        commands.append(["train.py", "--name", str(run), "--export", str(out / "base")])
     for command in commands:
         print(f"for fine-tuning: python {' '.join(command)}")
         subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)

@@ -29,7 +29,7 @@ WITHOUT = {
     "pairs",
     "hugging_face",
 }
-ONLY = {"batch", "build", "schedule", "evaluate", "METHODS", "TRAINING", "EVAL_TOKENS"}
+ONLY = {"batch", "build", "schedule", "evaluate", "METHODS", "PAPER", "SMALL", "RANKS", "TRAINING", "EVAL_TOKENS"}
 
 
 class Arithmetic(ast.NodeTransformer):
@@ -96,14 +96,13 @@ def summary(folder: Path) -> dict:
     elif config["seed"]:
         every = 10 * max(1, config["steps"] // 300)
     thinned = [entry for entry in log if entry["step"] % every == 0]
-    ended = folder / "result.json"  # not there where it diverged, and no log where it did at once
-    end = json.loads(ended.read_text(encoding="utf-8")) if ended.exists() else log[-1] if log else {}
+    end = log[-1] if log else {}  # empty where it diverged at once
     last = {k: end.get(k) for k in ("val_loss", "bits_per_byte", "state_bytes")}
     return last | {
         "ms_per_step": round(statistics.median([entry["ms_per_step"] for entry in log] or [math.nan]), 2),
         "evaluations": [[entry["step"], round(entry["val_loss"], 5)] for entry in log if "val_loss" in entry],
         "log": {k: [float(f"{entry[k]:.4g}") for entry in thinned if k in entry] for k in kept},
-        "config": {k: v for k, v in config.items() if k not in ("name", "out", "device", "threads")},
+        "config": {k: v for k, v in config.items() if k not in ("name", "device", "threads")},
         "data": meta["sha256"][:12],
         "python": platform.python_version(),
         "torch": version("torch"),

@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_not_resumed():
     good, whole = path.read_bytes(), checkpoint("run")
     for damaged in (good[: len(good) // 2], b"", b"not a checkpoint"):
         path.write_bytes(damaged)
-        fails(*flags, "--resume", "--steps", 30, says="ckpt.pt is damaged, or not of this train.py")
+        fails(*flags, "--resume", "--steps", 30, says="cannot go on with out/run/ckpt.pt")
     torch.save(whole | {"optimizer": {"state": {}, "param_groups": []}}, path)
     fails(*flags, "--resume", "--steps", 30, says="error: ")
     path.write_bytes(good)
@@ -75,12 +75,12 @@ def test_what_does_not_fit_is_not_resumed():
     Path("data/text/meta.json").write_text(json.dumps(json.loads(meta) | {"sha256": "0"}))
     fails("--name", "run", "--resume", "--steps", 30, says="data/text is not what out/run was trained on")
     Path("data/text/meta.json").write_text(meta)
-    result = json.loads(Path("out/run/result.json").read_text())
-    Path("out/run/result.json").unlink()  # killed after the last checkpoint
+    sample = Path("out/run/sample.txt").read_text()
+    Path("out/run/sample.txt").unlink()  # killed after the last checkpoint
     runs(*flags, "--resume")
-    assert json.loads(Path("out/run/result.json").read_text()) == result and path.exists()
+    assert Path("out/run/sample.txt").read_text() == sample and path.exists()
     path.unlink()
-    fails(*flags, "--resume", says="no run 'run' with a checkpoint")
+    fails(*flags, "--resume", says="cannot go on with out/run/ckpt.pt")
 
 
 def test_two_runs_of_one_name():
@@ -111,7 +111,7 @@ def test_a_reader_that_goes_does_not_stop_a_run():
     process = start(*SMALL, "--name", "run")
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait(timeout=90) == 0 and checkpoint("run")["step"] == 20 and Path("out/run/result.json").exists()
+    assert process.wait(timeout=90) == 0 and checkpoint("run")["step"] == 20 and Path("out/run/sample.txt").exists()
 
 
 def test_a_signal_stops_all_optimizers():
