@@ -34,7 +34,7 @@ from prepare_data import InputError, Parser
 
 # Each is a learning rate and a setting of `Fira`; None is AdamW for all. --only_scaling --proj_method random is APOLLO.
 METHODS = {
-    "fira": (1e-2, {}),
+    "fira": (2e-2, {"alpha": 0.0625}),  # the best found at nano; the paper: --lr 0.01 --alpha 0.25
     "fira_paper": (1e-2, {"proj_method": "svd", "alpha_mode": "paper"}),  # Algorithm 1
     "fira_released": (1e-2, {"proj_method": "svd", "alpha_mode": "released"}),  # the authors' code
     "galore": (1e-2, {"scaling": None, "proj_method": "svd"}),
