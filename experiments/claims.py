@@ -71,7 +71,13 @@ RUNS = {
         for s in NOISES
         for k, v in {"adamw": ADAMW, "only": ONLY}.items()
     },
-    **{f"variant-{path.stem}": f"--variant {path.as_posix()} {DEFAULT}" for path in sorted(Path("variants").glob("*.py"))},
+    "default-bf16": f"{DEFAULT} --precision bf16",
+    **{
+        f"variant-{path.stem}": f"--variant {path.as_posix()} {DEFAULT}"
+        for path in sorted(Path("variants").glob("*.py"))
+    },
+    "variant-two_sided": f"--variant variants/two_sided.py --optimizer galore {FIRA}",
+    "variant-stochastic_rounding": f"--variant variants/stochastic_rounding.py {DEFAULT} --precision bf16",
 }
 
 
@@ -130,4 +136,5 @@ def read(table: str) -> dict[str, dict]:
 
 
 CLAIMS = read(Path(__file__).with_name("claims.txt").read_text(encoding="utf-8"))
-CLAIMS["variants"]["rows"] = [[f"{n} − Fira", n, "default", "?"] for n in RUNS if n.startswith("variant-")]
+VARIANTS = [run for run in RUNS if run.startswith("variant-")]
+CLAIMS["variants"]["rows"] = [["!variants", " ".join(["default", "galore", "default-bf16", *VARIANTS])]]

@@ -1,13 +1,14 @@
-"""What is not a difference of losses: spikes, the similarity of scaling factors, the variance of φ²."""
+"""What is not one difference of losses: spikes, the similarity of scaling factors, the variance of φ², variants."""
 
 import json
+import math
 import statistics
 
 import numpy as np
 
 from experiments import stored
 from experiments.similarity import reduce_seed
-from experiments.stored import load
+from experiments.stored import interval, load
 
 REFERENCE = "spike-lr0.002-adamw"
 
@@ -75,30 +76,16 @@ PAPER_60M |= {"column cosine": 0.9273, "column Spearman": 0.9372, "column Kendal
 def judge(name: str, values: list[float], nulls: list[float]) -> str:
     """The rules for the run at the paper's ratio of rank to width."""
     low, high = min(values), max(values)
-    if name == "matrix Spearman":
-        return "confirmed" if low >= 0.9 else "**contradicted**" if high < 0.7 else "not decidable here"
-    if name == "level R/X":
-        return (
-            "predicted, confirmed" if high < 1 else "predicted, **contradicted**" if low >= 1 else "not decidable here"
-        )
-    if name == "within R, full":
-        return (
-            "**contradicted**"
-            if high <= 0.2
-            else "confirmed"
-            if low > max(nulls) and low > 0.2
-            else "not decidable here"
-        )
-    bound = {"matrix cosine": 0.97, "column cosine": 0.85}.get(name)
-    if bound is None:
-        return ""
-    return (
-        "confirmed"
-        if low >= bound and low > max(nulls)
-        else "**contradicted**"
-        if high <= min(nulls)
-        else "not decidable here"
-    )
+    bound = {"matrix cosine": 0.97, "column cosine": 0.85}.get(name, math.inf)
+    rules = {  # when it is confirmed, and when contradicted
+        "matrix Spearman": (low >= 0.9, high < 0.7),
+        "level R/X": (high < 1, low >= 1),  # predicted here, not by the paper
+        "within R, full": (low > max(*nulls, 0.2), high <= 0.2),
+        "matrix cosine": (low >= bound and low > max(nulls), high <= min(nulls)),
+        "column cosine": (low >= bound and low > max(nulls), high <= min(nulls)),
+    }
+    yes, no = rules.get(name, (False, False))
+    return "confirmed" if yes else "**contradicted**" if no else "not decidable here" if name in rules else ""
 
 
 def similarity(runs: list[str], seeds: list[int]) -> str:
@@ -128,4 +115,27 @@ def similarity(runs: list[str], seeds: list[int]) -> str:
     return f"Seeds {seen}, mean ± deviation. {LEGEND}\n\n" + "\n".join(lines)
 
 
-REDUCTIONS = {"spikes": spikes, "variance": variance, "similarity": similarity}
+BASES = {"variant-two_sided": "galore", "variant-stochastic_rounding": "default-bf16"}  # of the others: default
+
+
+def variants(runs: list[str], seeds: list[int]) -> str:
+    """A row for each run beside its base: loss, bytes of the state, median time of a step, paired difference."""
+    head = "| run | beside | validation loss | difference | state bytes | of its base's | step time, of its base's | seeds |"
+    lines = [head, "| --- " * 8 + "|"]
+    for run in runs:
+        base = BASES.get(run, "default")
+        pairs = {seed: (load(run, seed), load(base, seed)) for seed in seeds if load(run, seed) and load(base, seed)}
+        if not pairs:
+            lines.append(f"| {run} | {base} | not run | | | | | |")
+            continue
+        mean, half = interval([a["val_loss"] - b["val_loss"] for a, b in pairs.values()])
+        times = statistics.median(a["ms_per_step"] / b["ms_per_step"] for a, b in pairs.values())
+        ours, theirs = (max(pair[i]["state_bytes"] for pair in pairs.values()) for i in (0, 1))
+        loss = statistics.mean(a["val_loss"] for a, _ in pairs.values())
+        difference = f"{mean:+.4f}" + f" ± {half:.4f}" * math.isfinite(half) if run != base else ""
+        cells = [run, base, f"{loss:.4f}", difference, f"{ours:,}", f"{ours / theirs:.2f}", f"{times:.2f}"]
+        lines.append(f"| {' | '.join(cells)} | {' '.join(map(str, pairs))} |")
+    return "\n".join(lines)
+
+
+REDUCTIONS = {"spikes": spikes, "variance": variance, "similarity": similarity, "variants": variants}

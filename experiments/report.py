@@ -9,9 +9,8 @@ from experiments import stored
 from experiments.choices import choice, marks
 from experiments.claims import CLAIMS, GRIDS
 from experiments.reductions import REDUCTIONS
-from experiments.stored import chosen, code_hash, load
+from experiments.stored import chosen, code_hash, interval, load
 
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t by degrees of freedom
 PAPER_GAP, INSENSITIVE = math.log(34.88 / 31.06), 0.01  # GaLore − Fira at 60M in log-perplexity; nats
 
 HEAD = """# Results: the paper's claims beside our own numbers
@@ -29,14 +28,6 @@ decides the initial weights and the batches: mean ± half the 95 % interval by S
 side, or wholly below half of what is expected. Where the paper claims no difference: confirmed if the interval lies
 within ±{insensitive} nats, contradicted if it lies outside. Else not decidable with these seeds.
 """
-
-
-def interval(differences: list[float]) -> tuple[float, float]:
-    """The mean of paired differences, and half the width of its 95 % interval (inf for a single one)."""
-    n = len(differences)
-    if n < 2:
-        return statistics.mean(differences), math.inf
-    return statistics.mean(differences), T_975[n - 2] * statistics.stdev(differences) / math.sqrt(n)
 
 
 def expected(paper: str, gap: float) -> float | None:

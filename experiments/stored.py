@@ -71,6 +71,13 @@ def code_hash(flags: str = "") -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def interval(differences: list[float]) -> tuple[float, float]:
+    """The mean of paired differences, and half the width of its 95 % interval by Student's t (inf for a single one)."""
+    n, t_975 = len(differences), (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+    half = t_975[n - 2] * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.inf
+    return statistics.mean(differences), half
+
+
 def load(run: str, seed: int) -> dict | None:
     path = RESULTS / f"{run}-seed{seed}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
