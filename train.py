@@ -132,7 +132,7 @@ class Config:
 
     @property
     def folder(self) -> Path:
-        return Path(self.name) if Path(self.name).parts[0] == "out" else Path("out", self.name)
+        return Path(self.name) if Path(self.name).parts[:1] == ("out",) else Path("out", self.name)
 
 
 def batch(tokens: np.ndarray, config: Config, step: int) -> torch.Tensor:

@@ -34,17 +34,23 @@ def axes(**labels):
 
 def losses():
     ax, drawn = axes(xlabel="step", ylabel="validation loss, nats a byte"), 0
-    for i, method in enumerate(("fira", "adamw", "galore", "lora")):
-        if found := runs(chosen("fair", method)) or runs(method):
+    names = {
+        "Fira": runs("default"),
+        "Fira, Algorithm 1": runs("fira-paper"),
+        **{m: runs(chosen("fair", m.lower())) or runs(m.lower()) for m in ("AdamW", "GaLore", "LoRA")},
+    }
+    for i, (name, found) in enumerate(names.items()):
+        if found:
             steps = [step for step, _ in found[0]["evaluations"]]
             values = np.array([[loss for _, loss in result["evaluations"]] for result in found])
+            setting = {key: found[0]["config"][key] for key in ("lr", "alpha")[: 1 if name in ("AdamW", "LoRA") else 2]}
+            label = ", ".join([name, *(f"{'α' if k == 'alpha' else k} {v:g}" for k, v in setting.items())])
             line, marker = STYLES[i]
-            label = f"{method} ({found[0]['flags'].removeprefix(f'--optimizer {method} ').replace('--', '')})"
             ax.plot(steps, values.mean(0), color=f"C{i}", linestyle=line, marker=marker, label=label)
             ax.fill_between(steps, values.min(0), values.max(0), color=f"C{i}", alpha=0.2)
             drawn += 1
-    ax.legend(title=f"mean and range over {len(runs('fira')) or 'the'} seeds")
-    ax.set_ylim(top=2.2)
+    ax.legend(title=f"mean and range over {min(map(len, names.values())) or 'the'} seeds")
+    ax.set_ylim(top=2.0)
     return drawn > 1 and ax
 
 

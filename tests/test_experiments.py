@@ -23,7 +23,14 @@ def results(tmp_path, monkeypatch):
 
 
 def keep(run, seed, loss, **more):
-    result = {"run": run, "seed": seed, "val_loss": loss, "code": stored.code_hash(claims.RUNS[run]), "data": "d"}
+    result = {
+        "run": run,
+        "seed": seed,
+        "val_loss": loss,
+        "code": stored.code_hash(claims.RUNS[run]),
+        "data": "d",
+        "config": {"lr": 0.01, "alpha": 0.25},
+    }
     result |= {"ms_per_step": 200.0, "state_bytes": 2_600_092}
     result |= {"python": "3", "torch": "2", "flags": claims.RUNS[run], "evaluations": [[750, 1.5], [1500, loss]]} | more
     (stored.RESULTS / f"{run}-seed{seed}.json").write_text(json.dumps(result))
