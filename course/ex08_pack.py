@@ -21,36 +21,33 @@ Rounding up just above a whole number is where this can go wrong: what is 255 ×
 """
 
 import torch
-from torch import Tensor
-
-BLOCK = 256
 
 
-def blocks(X: Tensor) -> Tensor:
+def blocks(X):
     """X as rows of 256 numbers, (number of blocks, 256), the last one filled with zeros."""
-    return torch.nn.functional.pad(X.flatten(), (0, -X.numel() % BLOCK)).view(-1, BLOCK)
+    return torch.nn.functional.pad(X.flatten(), (0, -X.numel() % 256)).view(-1, 256)
 
 
-def pack_M(M: Tensor) -> tuple[Tensor, Tensor]:
+def pack_M(M):
     B = blocks(M)
     scales = B.abs().amax(dim=1).float()
     codes = (B / scales.clamp(min=1e-38)[:, None] * 127).round()  # the clamp: 0/1e-38 and not 0/0
     return codes.to(torch.int8).flatten()[: M.numel()], scales
 
 
-def unpack_M(codes: Tensor, scales: Tensor, shape: torch.Size) -> Tensor:
+def unpack_M(codes, scales, shape):
     return (blocks(codes.float()) / 127 * scales[:, None]).flatten()[: codes.numel()].view(shape)
 
 
 # %% Write these
 
 
-def pack(V: Tensor) -> tuple[Tensor, Tensor]:
+def pack(V):
     """codes (as many as V has numbers, uint8) and scales (one for each block of 256, float32)."""
     raise NotImplementedError
 
 
-def unpack(codes: Tensor, scales: Tensor, shape: torch.Size) -> Tensor:
+def unpack(codes, scales, shape):
     """V of this shape."""
     raise NotImplementedError
 
