@@ -17,7 +17,6 @@ is 196,608 against 524,288.
 
 Before you run the check: let r = m, so that nothing of G is lost. Is GaLore with α = 1 then Adam, for every P?
 
-    python course/check.py 2
     python course/check.py 2 --train    150 steps of a small language model with your function
 """
 

@@ -17,8 +17,6 @@ columns), R (r×n) and rows (m numbers) such that rows∘(P R) ≠ P (b∘R), wh
 Smallest sizes are best: m = 2, r = 1, n = 1 will do.
 
 Before you write the second one: in what space do the columns of P X lie, whatever X is?
-
-    python course/check.py 3
 """
 
 import torch

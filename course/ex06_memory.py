@@ -13,7 +13,6 @@ whole ranks above it do not.
 
 Before you write: for a square matrix, is that rank a quarter, a half, or two thirds of the side?
 
-    python course/check.py 6
     python course/ex06_memory.py        Adam's state for 24 matrices of 1024×1024, and what the process's peak grows by
     python course/ex06_memory.py 64     predict both numbers for Fira at rank 64, then run this
 """

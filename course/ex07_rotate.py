@@ -15,8 +15,6 @@ V stays in both. (V holds squares, which have no direction to turn; what is righ
 
 Predict: the signs of every new P are flipped at random. How far apart are two runs with raw P's, with `align`, with
 `rotate`? Then: what would `rotate` make of M if P_new spans a space with nothing in common with the old one?
-
-    python course/check.py 7
 """
 
 import torch

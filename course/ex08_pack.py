@@ -16,7 +16,6 @@ Write `pack` and `unpack` for V (no number is negative) so that
 
 Rounding up just above a whole number is where this can go wrong: what is 255 × 1.0000001, rounded up, in a byte?
 
-    python course/check.py 8
     python course/check.py 8 --train    150 steps with 8-bit M and V
 """
 
@@ -29,14 +28,13 @@ def blocks(X):
 
 
 def pack_M(M):
-    B = blocks(M)
-    scales = B.abs().amax(dim=1).float()
-    codes = (B / scales.clamp(min=1e-38)[:, None] * 127).round()  # the clamp: 0/1e-38 and not 0/0
-    return codes.to(torch.int8).flatten()[: M.numel()], scales
+    scales = blocks(M).abs().amax(dim=1).float()
+    codes = blocks(M) / scales.clamp(min=1e-38)[:, None] * 127  # the clamp: 0/1e-38 and not 0/0
+    return codes.round().to(torch.int8), scales
 
 
 def unpack_M(codes, scales, shape):
-    return (blocks(codes.float()) / 127 * scales[:, None]).flatten()[: codes.numel()].view(shape)
+    return (codes / 127 * scales[:, None]).flatten()[: shape.numel()].view(shape)
 
 
 # %% Write these

@@ -1,4 +1,7 @@
-"""Draw the pictures of the course from the stored runs in figures/: `python course/figures.py`."""
+"""Draw the pictures of the course from the stored runs in figures/: `python course/figures.py`.
+
+Runs whose .npz is not there are made again: steps.npz takes a minute, curves.npz ten.
+"""
 
 import json
 import sys
@@ -7,6 +10,9 @@ from pathlib import Path
 import numpy as np
 
 FIGURES = Path(__file__).resolve().parent / "figures"
+sys.path.insert(0, str(FIGURES.parent.parent))
+NAMES = ("0.attention.q", "1.attention.v", "1.mlp.gate", "2.mlp.down", "3.attention.out")  # in blocks
+MEASURED = {"AdamW": 204, "Fira, rank 256": 173, "Fira, rank 64": 120}  # MB, by `python course/ex06_memory.py RANK`
 FAMILY = """
 method              φ                     W ← W − η c_t ( … )             P
 ──────────────────────────────────────────────────────────────────────────────────────────
@@ -21,7 +27,47 @@ APOLLO-Mini         one for the matrix    α φ G                           rand
 """
 
 
-def gradient(figure, data):
+def make_steps():
+    """60 steps with and without the limiter, from which φ, ‖S‖ and gradients are kept; step 30 has a spike."""
+    from course.short_run import Shadowed, short_run
+    from fira import oriented, singular_vectors
+
+    def stretch(step, optimizer):
+        for p in (p for p, state in optimizer.state.items() if step == 30 and "projection" in state):
+            G, P = oriented(p.grad, "std"), optimizer.state[p]["projection"]
+            G.copy_(50 * G - 49 * P @ (P.T @ G))
+
+    found = {"free": [], "limited": []}
+    for name, gamma in (("free", None), ("limited", 1.01)):
+        for step, optimizer, model in short_run(Shadowed, 60, stretch, update_proj_gap=20, gamma=gamma):
+            found[name].append(np.linalg.norm([seen["limited"] for seen in optimizer.seen.values() if seen]))
+            if step in (20, 21):
+                found[f"phi {step}"] = [np.concatenate(columns)[::4] for columns in zip(*optimizer.pairs)]  # low, full
+    Gs = [model.get_parameter(f"blocks.{name}.weight").grad for name in NAMES]
+    P = singular_vectors(Gs[0], 4)
+    return found | {"G": Gs[0], "PR": P @ (P.T @ Gs[0])} | {name: G.svd().S for name, G in zip(NAMES, Gs)}
+
+
+def make_curves():
+    """(seed, evaluation, (step, loss, validation loss)) of 150 steps with three optimizers."""
+    from course import training
+
+    def log(name):
+        entries = (Path(training.OUT) / name / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        return [[e["step"], e["loss"], e.get("val_loss", np.nan)] for e in map(json.loads, entries)]
+
+    return {name: [log(training.run(name, seed)) for seed in range(3)] for name in ("fira", "galore", "adamw")}
+
+
+def stored(make) -> dict:
+    path = FIGURES / f"{make.__name__[5:]}.npz"
+    if not path.exists():
+        np.savez_compressed(path, **{name: np.asarray(X, dtype="f4") for name, X in make().items()})
+    return np.load(path)
+
+
+def gradient(figure):
+    data = stored(make_steps)
     axes, G, PR = figure.subplots(1, 3), data["G"], data["PR"]
     share, size = (PR**2).sum() / (G**2).sum(), np.quantile(abs(G), 0.99)
     titles = "G", f"P R, r = 4: {share:.0%} of the energy", "G − P R, the rest"
@@ -31,59 +77,57 @@ def gradient(figure, data):
     figure.colorbar(image, ax=axes, shrink=0.7)
 
 
-def spectra(figure, data):
-    ax = figure.subplots(subplot_kw={"yscale": "log", "ylim": (1e-3, 1.2)})
-    for name, s in data.items():
-        if name.startswith("sigma"):
-            share = (s[:32] ** 2).sum() / (s**2).sum()
-            ax.plot(np.arange(1, len(s) + 1), s / s[0], label=f"block {name[6:]}: r holds {share:.2%}")
+def spectra(figure):
+    data, ax = stored(make_steps), figure.subplots()
+    for name in NAMES:
+        share = (data[name][:32] ** 2).sum() / (data[name] ** 2).sum()
+        ax.plot(range(1, 129), data[name] / data[name][0], label=f"block {name}: r holds {share:.2%}")
     ax.axvline(32, color="grey", linestyle=":", label="r = 32 of 128")
-    ax.set(xlabel="i", ylabel="σᵢ / σ₁", title="Singular values of five gradients")
+    ax.set(xlabel="i", ylabel="σᵢ / σ₁", yscale="log", ylim=(1e-3, 1.2), title="Singular values of five gradients")
     ax.legend()
 
 
-def phi(figure, data):
-    axes = figure.subplots(1, 2, sharex=True, sharey=True, subplot_kw={"xscale": "log", "yscale": "log"})
+def phi(figure):
+    data, axes = stored(make_steps), figure.subplots(1, 2, sharex=True, sharey=True)
     for ax, step, when in zip(axes, (20, 21), ("before", "after")):
-        low, full = data[f"low {step}"], data[f"full {step}"]
-        ax.scatter(full, low, s=2, alpha=0.4)
+        low, full = data[f"phi {step}"]
+        ax.loglog(full, low, ".", markersize=2, alpha=0.5)
         ax.axline((1e3, 1e3), (1e4, 1e4), color="grey")
         ax.set(title=f"{when} the subspace changes: level {np.median(low / full):.2f}", xlabel="φ of the full gradient")
     axes[0].set_ylabel("φ of rank 32, one dot a column")
 
 
-def spike(figure, data):
-    ax = figure.subplots(subplot_kw={"yscale": "log"})
+def spike(figure):
+    data, ax = stored(make_steps), figure.subplots()
     for name, label in (("free", "no limiter"), ("limited", "γ = 1.01")):
-        ax.plot(range(1, 61), data[name], label=label)
+        ax.semilogy(range(1, 61), data[name], label=label)
     ax.axvline(30, color="grey", linestyle=":", label="what P cannot see, × 50")
     ax.set(xlabel="step", ylabel="‖S‖ of all matrices")
     ax.legend(loc="upper right")
 
 
-def loss(figure, curves):
-    ax = figure.subplots()
-    for i, name in enumerate(("fira", "galore", "adamw")):
-        runs = np.array([curves[f"{name} {seed}"] for seed in range(3)], dtype=float)  # (3, evaluations, 3)
-        steps, losses = runs[0, :, 0], runs[:, :, 1]
-        label = f"{name}: validation {runs[:, -1, 2].mean():.2f} after 150 steps"
-        ax.plot(steps, losses.mean(0), color=f"C{i}", label=label)
-        ax.fill_between(steps, losses.min(0), losses.max(0), color=f"C{i}", alpha=0.3)
+def loss(figure):
+    data, ax = stored(make_curves), figure.subplots()
+    for name, color in zip(data, ("C0", "C1", "C2")):
+        steps, losses, validation = data[name].transpose(2, 0, 1)  # each (seeds, evaluations)
+        label = f"{name}: validation {validation[:, -1].mean():.2f} after 150 steps"
+        ax.plot(steps[0], losses.mean(0), color=color, label=label)
+        ax.fill_between(steps[0], losses.min(0), losses.max(0), color=color, alpha=0.3)
     ax.set(xlabel="step", ylabel="training loss, nats a byte")
     ax.legend(title="mean and range of three seeds")
 
 
-def memory(figure, data):
-    ax, places = figure.subplots(), np.arange(len(data))
-    by_hand = [24 * 4 * (3 * 1024 * int(rank) + 1 if int(rank) else 2 * 1024**2) / 1e6 for rank in data]
+def memory(figure):
+    by_hand = [24 * 4 * numbers / 1e6 for numbers in (2 * 1024**2, 3 * 1024 * 256 + 1, 3 * 1024 * 64 + 1)]
+    ax, places = figure.subplots(), np.arange(3)
     ax.bar(places - 0.2, by_hand, 0.4, label="the state, by hand")
-    ax.bar(places + 0.2, list(data.values()), 0.4, label="measured: growth of the peak in three steps")
-    ax.set_xticks(places, [f"Fira, rank {rank}" if int(rank) else "AdamW" for rank in data])
+    ax.bar(places + 0.2, MEASURED.values(), 0.4, label="measured: growth of the peak in three steps")
+    ax.set_xticks(places, MEASURED)
     ax.set_ylabel("MB, 24 matrices of 1024×1024")
     ax.legend()
 
 
-def family(figure, _):
+def family(figure):
     figure.suptitle("One line, eight settings:  α P N + φ∘(G − P R)")
     figure.text(0.02, 0.45, FAMILY, family="monospace", fontsize=8, va="center")
 
@@ -93,10 +137,7 @@ if __name__ == "__main__":
         from matplotlib.figure import Figure
     except ImportError:
         sys.exit('error: the pictures need matplotlib: pip install -e ".[plot]"')
-    stored = {gradient: "gradients.npz", spectra: "gradients.npz", phi: "similarity.npz", spike: "spike.npz"}
-    stored |= {loss: "curves.json", memory: "memory.json", family: "memory.json"}
-    for draw, name in stored.items():
-        path, figure = FIGURES / name, Figure(figsize=(7, 3.6), layout="constrained")
-        draw(figure, np.load(path) if path.suffix == ".npz" else json.loads(path.read_text(encoding="utf-8")))
+    for draw in (gradient, spectra, phi, spike, loss, memory, family):
+        draw(figure := Figure(figsize=(7.2, 3.6), layout="constrained"))
         figure.savefig(FIGURES / f"{draw.__name__}.png", dpi=110)
         print(f"wrote {FIGURES / draw.__name__}.png")

@@ -15,7 +15,9 @@ def must(holds, sentence: str) -> None:
 
 def same(X, want, name: str, question: str, limit: float = 1e-10) -> None:
     sizes = f"{name} is {size(X)}, should be {size(want)}" * (X.shape != want.shape)
-    must(off(X, want) < limit, f"{sizes or f'{name} is off by {off(X, want):.2g}, should be by 0'}: {question}")
+    must(
+        off(X, want) < limit, f"{sizes or f'{name} is off by {off(X, want):.2g} of its size, should be 0'}: {question}"
+    )
 
 
 def off(X, Y) -> float:

@@ -2,13 +2,11 @@
 
 import math
 import os
-import sys
 from pathlib import Path
 
 import torch
 
 import train
-from course.oracles import Fault
 from fira import Fira, oriented
 
 ROOT, OUT = Path(__file__).resolve().parent.parent, "out/course"
@@ -31,34 +29,31 @@ class ByTheBook(Fira):
         P, prev_norm = state["projection"], state["prev_norm"].item()
         R = P.T @ G
         N, c_t = self.inner(R, state, group)
-        S = getattr(self.its, "scaling", scaling)(N, R) * (G - P @ R)
-        S, kept = getattr(self.its, "limit", limit)(S, prev_norm if prev_norm < math.inf else None, group["gamma"])
-        state["prev_norm"].fill_(math.inf if kept is None else kept)
+        S = getattr(self.its, "scaling", usual_scaling)(N, R) * (G - P @ R)
+        S, norm = getattr(self.its, "limit", usual_limit)(
+            S, prev_norm if prev_norm < math.inf else None, group["gamma"]
+        )
+        state["prev_norm"].fill_(math.inf if norm is None else norm)
         W.sub_(group["lr"] * c_t * (group["alpha"] * P @ N + S))
 
 
-def scaling(N, R):
+def usual_scaling(N, R):
     return N.norm(dim=0) / (R.norm(dim=0) + 1e-8)
 
 
-def limit(S, prev_norm, gamma):
-    norm = S.norm().item()
-    factor = 1 if prev_norm is None else min(1, gamma * (prev_norm + 1e-8) / (norm + 1e-30))
-    return S * factor, norm * factor or prev_norm
+def usual_limit(S, prev_norm, gamma):
+    factor = 1 if prev_norm is None else min(1, gamma * (prev_norm + 1e-8) / (S.norm().item() + 1e-30))
+    return S * factor, S.norm().item() * factor or prev_norm
 
 
 class EightBit(Fira):
     def new_moments(self, R):
-        return self.packed(torch.zeros_like(R), torch.zeros_like(R))
-
-    def packed(self, M, V):
-        return dict(zip(("m", "m_scales", "v", "v_scales"), (*self.its.pack_M(M), *self.its.pack(V))))
+        return {"M": self.its.pack_M(torch.zeros_like(R)), "V": self.its.pack(torch.zeros_like(R))}
 
     def inner(self, R, state, group):  # M and V are whole in a step, and bytes between two (exercise 8)
-        M = self.its.unpack_M(state["m"], state["m_scales"], R.shape)
-        V = self.its.unpack(state["v"], state["v_scales"], R.shape)
+        M, V = self.its.unpack_M(*state["M"], R.shape), self.its.unpack(*state["V"], R.shape)
         N, c_t = super().inner(R, state | {"exp_avg": M, "exp_avg_sq": V}, group)
-        state.update(self.packed(M, V))
+        state.update(M=self.its.pack_M(M), V=self.its.pack(V))
         return N, c_t
 
 
@@ -83,30 +78,19 @@ PLACES = {2: GaLore, 4: ByTheBook, 5: ByTheBook, 8: EightBit, 9: RankEach}  # of
 
 
 def train_with(number: int, its) -> None:
-    """150 steps with the student's functions, and ours, unless this machine has them already; then the picture."""
-    if number not in PLACES:
-        sys.exit(f"there is nothing to train in exercise {number}: --train is for 2, 4, 5, 8 and 9")
-    optimizer = "galore" if number == 2 else "fira"
-    try:
-        ours, yours = (
-            run(optimizer),
-            run(optimizer, 0, f"yours-{number}", type("Yours", (PLACES[number],), {"its": its})),
-        )
-    except (Fault, *train.MENDABLE) as error:
-        sys.exit(f"error: {error}")
-    train.compare([ours, yours], OUT, Path(OUT) / f"yours-{number}.png")
+    """150 steps with the student's functions and 150 of ours, then the table and the picture."""
+    yours, optimizer = type("Yours", (PLACES[number],), {"its": its}), "galore" if number == 2 else "fira"
+    names = [run(optimizer), run(optimizer, 0, f"exercise-{number}", yours)]
+    train.compare(names, OUT, Path(OUT) / f"exercise-{number}.png")
     print("Do you see one curve only? Then yours lies on ours.")
 
 
 def run(optimizer: str, seed: int = 0, name: str | None = None, variant: type[Fira] | None = None) -> str:
-    """Train 150 steps, unless it is a run of ours that out/course has; returns the run's name."""
+    """Train 150 steps, unless it is a run of ours that out/course has from another time. Returns the run's name."""
     os.chdir(ROOT)  # data/ and out/ are there
-    name = name or f"{optimizer}-{seed}"
-    config = train.Config(
-        optimizer, steps=150, eval_interval=50, seed=seed, out=OUT, name=name, variant=variant and name
-    )
-    config = config.resolve()
+    options = {"steps": 150, "eval_interval": 50, "seed": seed, "out": OUT, "name": name or f"{optimizer}-{seed}"}
+    config = train.Config(optimizer, variant=variant and name, **options).resolve()
     if variant or not (config.folder / "result.json").exists():
         train.load_variant = lambda _: variant
         train.train(config, [], None)
-    return name
+    return config.name
