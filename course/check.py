@@ -50,16 +50,14 @@ def run(number: int, its):
 
 
 def told(error: BaseException, number: int, path: Path) -> str:
-    """A Fault, or whatever a student's file raises, in one line."""
+    """A Fault, or whatever else a student's file may raise, in one line."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     line, names = getattr(error, "lineno", None) or (frames[-1].lineno if frames else None), check_of(number)[1]
     reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     if type(error).__name__ == "Fault":
         return str(error)
     if isinstance(error, NotImplementedError):
-        return f"write {frames[-1].name} in line {line}" + f"; all that is asked for: {', '.join(names)}" * (
-            len(names) > 1
-        )
+        return f"write {frames[-1].name} (line {line}); this exercise asks for {' and '.join(names)}"
     if line:
         return f"{path.name}, line {line}: {reason}: what did you expect there?"
     return f"the check cannot use {' or '.join(names)}, or what it returned ({reason}): what does its text ask for?"
@@ -81,12 +79,12 @@ def check(number: int, folder: Path = HERE) -> bool:
 
 def ready() -> bool:
     """Exercise 0: what is there, and what is missing."""
-    good = sys.version_info >= (3, 10)
-    print(f"Python {sys.version.split()[0]}" + ", must be 3.10 or later" * (not good))
-    for name in ("torch", "numpy", "tqdm", "tiktoken", "matplotlib"):
-        found, optional = importlib.util.find_spec(name), name == "matplotlib"
-        print(f"{name:12}" + ("there" if found else "missing: pip install -e ." + '".[plot]", for pictures' * optional))
-        good = good and (optional or bool(found))
+    needs = {"torch": "", "numpy": "", "tqdm": "", "tiktoken": "", "matplotlib": '".[plot]", for pictures only'}
+    missing = {name: extra for name, extra in needs.items() if not importlib.util.find_spec(name)}
+    print(f"Python {sys.version.split()[0]}" + ", must be 3.10 or later" * (sys.version_info < (3, 10)))
+    for name, extra in missing.items():
+        print(f"{name} is missing: pip install -e {extra or '.'}")
+    good = sys.version_info >= (3, 10) and all(missing.values())
     print("ready: python course/check.py 1" if good else "not ready")
     return good
 
@@ -108,14 +106,15 @@ def main() -> bool:
         return right < len(NUMBERS)
     number = int(args.exercise)
     if args.hint:
-        hints = (HERE / "hints.md").read_text(encoding="utf-8").split("\n## ")
-        return print(hints[number].splitlines()[args.hint])
-    good = check(number)
-    if good and args.train:
-        from course.training import train_with
+        hints = (HERE / "hints.md").read_text(encoding="utf-8").splitlines()
+        return print(*(hint for hint in hints if hint.startswith(f"{number}.{args.hint} ")))
+    if args.train and number not in (2, 4, 5, 8, 9):
+        parser.error("--train is for exercises 2, 4, 5, 8 and 9")
+    if (good := check(number)) and args.train:
+        from course import training
 
         try:
-            train_with(number, load(path_of(number)))
+            training.train_with(number, load(path_of(number)))
         except Exception as error:
             sys.exit(f"error: {told(error, number, path_of(number))}")
     return not good

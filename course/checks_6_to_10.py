@@ -5,7 +5,7 @@ import math
 import torch
 
 from course.oracles import basis, eye, must, off, randn, same, size
-from course.short_run import phis
+from course.training import phis
 from fira import Fira
 
 

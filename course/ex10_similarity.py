@@ -39,7 +39,7 @@ def similarity(low, full):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from course.short_run import phis
+    from course.training import phis
 
     for step, pairs in phis(steps=(5, 10, 20, 21, 30, 40)).items():
         print(f"step {step}: rho and level over columns", similarity(*(torch.cat(phi) for phi in zip(*pairs))))

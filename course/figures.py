@@ -29,7 +29,7 @@ APOLLO-Mini         one for the matrix    α φ G                           rand
 
 def make_steps():
     """60 steps with and without the limiter, from which φ, ‖S‖ and gradients are kept; step 30 has a spike."""
-    from course.short_run import Shadowed, short_run
+    from course.training import Shadowed, short_run
     from fira import oriented, singular_vectors
 
     def stretch(step, optimizer):
@@ -50,13 +50,13 @@ def make_steps():
 
 def make_curves():
     """(seed, evaluation, (step, loss, validation loss)) of 150 steps with three optimizers."""
-    from course import training
+    from course.training import OUT, run
 
     def log(name):
-        entries = (Path(training.OUT) / name / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        entries = (Path(OUT) / name / "log.jsonl").read_text(encoding="utf-8").splitlines()
         return [[e["step"], e["loss"], e.get("val_loss", np.nan)] for e in map(json.loads, entries)]
 
-    return {name: [log(training.run(name, seed)) for seed in range(3)] for name in ("fira", "galore", "adamw")}
+    return {name: [log(run(name, seed)) for seed in range(3)] for name in ("fira", "galore", "adamw")}
 
 
 def stored(make) -> dict:
@@ -70,7 +70,7 @@ def gradient(figure):
     data = stored(make_steps)
     axes, G, PR = figure.subplots(1, 3), data["G"], data["PR"]
     share, size = (PR**2).sum() / (G**2).sum(), np.quantile(abs(G), 0.99)
-    titles = "G", f"P R, r = 4: {share:.0%} of the energy", "G − P R, the rest"
+    titles = "G", f"P R, r = 4: energy {share:.0%}", "G − P R, the rest"
     for ax, X, title in zip(axes, (G, PR, G - PR), titles):
         image = ax.imshow(X, cmap="RdBu", vmin=-size, vmax=size)
         ax.set(title=title, xticks=[], yticks=[])
@@ -129,7 +129,7 @@ def memory(figure):
 
 def family(figure):
     figure.suptitle("One line, eight settings:  α P N + φ∘(G − P R)")
-    figure.text(0.02, 0.45, FAMILY, family="monospace", fontsize=8, va="center")
+    figure.text(0.02, 0.45, FAMILY, family="monospace", fontsize=9, linespacing=1.7, va="center")
 
 
 if __name__ == "__main__":
@@ -138,6 +138,6 @@ if __name__ == "__main__":
     except ImportError:
         sys.exit('error: the pictures need matplotlib: pip install -e ".[plot]"')
     for draw in (gradient, spectra, phi, spike, loss, memory, family):
-        draw(figure := Figure(figsize=(7.2, 3.6), layout="constrained"))
+        draw(figure := Figure(figsize=(7.8, 3.6), layout="constrained"))
         figure.savefig(FIGURES / f"{draw.__name__}.png", dpi=110)
         print(f"wrote {FIGURES / draw.__name__}.png")

@@ -44,9 +44,8 @@ def scaling(N, R, eps=1e-8):
     return N.norm(dim=0) / (R.norm(dim=0) + eps)
 
 
-# 5. The limited norm is kept, or a spike would be let through in its second step. A norm of zero is not: it would cap S
-#    near zero for 1,388 steps. If the whole gradient is 50 times too large, R is too, and Adam's ‖N‖ hardly grows:
-#    φ = ‖N‖/‖R‖ falls and does most of the limiter's work. Only what P does not see needs it.
+# 5. The limited norm is kept, or a spike would pass in its second step; a zero is not, or S would be held down for 1,388
+#    steps. If all of G is 50 times too large, R is too, Adam's ‖N‖ hardly grows, and φ falls: only the rest needs a limit.
 def limit(S, prev_norm, gamma=1.01):
     norm = S.norm().item()
     if norm == 0:
