@@ -21,16 +21,14 @@ Before you write: G is 6×10 of random numbers and r = 3. Does PR keep less than
 
 import torch
 
+
 # %% Write this
-
-
 def project(G, r):
     """P and R of a gradient G (m, n): P (m, r) and R (r, n), or for a tall G P (n, r) and R (m, r)."""
     raise NotImplementedError
 
 
 # %% Look at it: run this file, or this cell
-
 if __name__ == "__main__":
     G = torch.randn(6, 10)
     P, R = project(G, 3)

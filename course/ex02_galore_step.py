@@ -22,16 +22,14 @@ Before you run the check: let r = m, so that nothing of G is lost. Is GaLore wit
 
 import torch
 
+
 # %% Write this
-
-
 def galore_step(W, G, P, M, V, t, lr=0.01, alpha=0.25, beta1=0.9, beta2=0.999, eps=1e-8):
     """W, M and V after step t, from W and G (m, n), P (m, r), and M and V (r, n) of step t − 1 (before the first: 0)."""
     raise NotImplementedError
 
 
 # %% Look at it: 300 steps towards a target of which W can reach only a part. Which?
-
 if __name__ == "__main__":
     target, W, P, M, V = (
         torch.randn(8, 12),

@@ -21,9 +21,8 @@ Before you write the second one: in what space do the columns of P X lie, whatev
 
 import torch
 
+
 # %% Write these
-
-
 def fused_step(W, G, P, N, phi, lr, alpha):
     """W ← W − lr (alpha P N + phi∘(G − P R)) in place: W, G (m, n), P (m, r), N (r, n) made of R = PᵀG, phi (n,)."""
     raise NotImplementedError
@@ -35,7 +34,6 @@ def counterexample():
 
 
 # %% Look at it
-
 if __name__ == "__main__":
     P, G, N, phi, W = torch.eye(8)[:, :3], torch.randn(8, 12), torch.randn(3, 12), torch.rand(12), torch.zeros(8, 12)
     fused_step(W, G, P, N, phi, lr=1, alpha=0.25)

@@ -21,16 +21,14 @@ Predict each before you run the check, with a word of why:
 
 import torch
 
+
 # %% Write this
-
-
 def scaling(N, R, eps=1e-8):
     """φ (n,), a number for each column: N (r, n) is what the inner optimizer made of R (r, n)."""
     raise NotImplementedError
 
 
 # %% Look at it: φ of Adam's first step, where N = sign(R) but for a factor. Which columns get the largest φ?
-
 if __name__ == "__main__":
     R = torch.randn(3, 5) * torch.tensor([0.01, 0.1, 1, 10, 100])  # columns of growing length
     phi = scaling(R.sign(), R)

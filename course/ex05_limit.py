@@ -22,9 +22,8 @@ the gradient's norm treats both alike.
 
 import torch
 
+
 # %% Write these
-
-
 def limit(S, prev_norm, gamma=1.01):
     """S (m, n), limited, and the norm to compare with in the next step: its `prev_norm`, a number or None."""
     raise NotImplementedError
@@ -36,7 +35,6 @@ def spike(G, P, factor):
 
 
 # %% Look at it: ten steps, a spike in the third, zeros in the seventh
-
 if __name__ == "__main__":
     S, kept = torch.randn(8, 12), None
     for factor in (1, 1, 50, 1, 1, 1, 0, 1, 1, 1):

@@ -22,9 +22,8 @@ from pathlib import Path
 
 import torch
 
+
 # %% Write these
-
-
 def state_numbers(m, n, r):
     """How many numbers Fira keeps for a weight (m, n) at rank r; m may be larger than n."""
     raise NotImplementedError
@@ -36,7 +35,6 @@ def break_even(m, n):
 
 
 # %% Measure it: Fira's peak at a rank, or Adam's. If it grows by more than the state: what is it for?
-
 if __name__ == "__main__":
     import resource  # Windows has none: look at the Task Manager there
 

@@ -19,9 +19,8 @@ Predict: the signs of every new P are flipped at random. How far apart are two r
 
 import torch
 
+
 # %% Write these
-
-
 def align(P_new, P_old):
     """P_new (m, r) with each column along the column of P_old (m, r) that it replaces."""
     raise NotImplementedError
@@ -33,7 +32,6 @@ def rotate(M, P_old, P_new):
 
 
 # %% Look at it: how much of M survives when P turns?
-
 if __name__ == "__main__":
     P, other, M = torch.eye(8)[:, :3], torch.randn(8, 3), torch.randn(3, 12)
     for step in (0.0, 0.1, 0.3, 1.0, 10.0):

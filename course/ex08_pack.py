@@ -38,8 +38,6 @@ def unpack_M(codes, scales, shape):
 
 
 # %% Write these
-
-
 def pack(V):
     """codes (as many as V has numbers, uint8) and scales (one for each block of 256, float32)."""
     raise NotImplementedError
@@ -51,7 +49,6 @@ def unpack(codes, scales, shape):
 
 
 # %% Look at it
-
 if __name__ == "__main__":
     V = torch.tensor([4.0, 1.0, 0.04, 1e-4, 1e-12, 0.0])
     print("V:   ", V, "\nback:", unpack(*pack(V), V.shape))

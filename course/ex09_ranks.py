@@ -26,8 +26,6 @@ def numbers(G, r):
 
 
 # %% Write these
-
-
 def rank_for(G, q):
     """The smallest rank, 1 at least, that holds the share q of G's energy: an int."""
     raise NotImplementedError
@@ -39,7 +37,6 @@ def ranks_within(Gs, budget):
 
 
 # %% Look at it: noise, and a matrix of rank two in noise, together at the memory of rank 8 for both
-
 if __name__ == "__main__":
     noise, signal = torch.randn(32, 48), 10 * torch.randn(32, 2) @ torch.randn(2, 48)
     print(ranks_within([noise, signal + noise], 2 * numbers(noise, 8)))

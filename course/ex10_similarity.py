@@ -27,16 +27,14 @@ from pathlib import Path
 
 import torch
 
+
 # %% Write this
-
-
 def similarity(low, full):
     """rho and level of two vectors φ (k,)."""
     raise NotImplementedError
 
 
 # %% Look at it, after the check has passed. `phis` gives by step a list of pairs (φ low, φ full), one for each matrix
-
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from course.training import phis

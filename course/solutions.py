@@ -96,23 +96,20 @@ def unpack(codes, scales, shape):
     return (root**2 * scales[:, None]).flatten()[: codes.numel()].view(shape)
 
 
-# 9. A matrix of few large singular values needs few vectors. The ranks change only where q passes one of the energies,
-#    so those are all the q's that there are to try. The min is for a sum that rounds to 0.9999999 of itself.
-def energies(G):
-    sums = torch.linalg.svdvals(G.double()).square().cumsum(0)
-    return sums / sums[-1]
-
-
+# 9. A matrix of few large singular values needs few vectors. The cost grows with q, so halving an interval finds the
+#    largest q; the first q tried is 1. The 1e-12 is for a sum that rounds to 0.9999999 of itself.
 def rank_for(G, q):
-    return min(int((energies(G) < q - 1e-12).sum()) + 1, min(G.shape))
+    energies = torch.linalg.svdvals(G.double()).square().cumsum(0)
+    return min(int((energies < (q - 1e-12) * energies[-1]).sum()) + 1, min(G.shape))
 
 
 def ranks_within(Gs, budget):
-    best = None
-    for q in sorted({q for G in Gs for q in energies(G).tolist()}):
+    q, low, high, best = 1.0, 0.0, 1.0, None
+    for _ in range(60):
         ranks = [rank_for(G, q) for G in Gs]
-        if sum(numbers(G, r) for G, r in zip(Gs, ranks)) <= budget:
-            best = ranks
+        fits = sum(numbers(G, r) for G, r in zip(Gs, ranks)) <= budget
+        low, high, best = (q, high, ranks) if fits else (low, q, best)
+        q = (low + high) / 2
     if best is None:
         raise ValueError("not even rank 1 everywhere fits")
     return best
