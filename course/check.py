@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # for fira.py and its neighbours, wherever this is called from
-NUMBERS = range(1, 11)
+NUMBERS, TRAINED = range(1, 11), (2, 4, 5, 8, 9)
 
 
 def path_of(number: int, folder: Path = HERE) -> Path:
@@ -31,11 +31,6 @@ def check_of(number: int):
 
     check = (vars(checks_1_to_5) | vars(checks_6_to_10))[f"check_{number}"]
     return check, list(inspect.signature(check).parameters)
-
-
-def load(path: Path) -> SimpleNamespace:
-    """What a student's file defines, read from its path."""
-    return SimpleNamespace(**runpy.run_path(str(path), run_name=path.stem))
 
 
 def run(number: int, its):
@@ -60,31 +55,30 @@ def told(error: BaseException, number: int, path: Path) -> str:
         return f"write {frames[-1].name} (line {line}); this exercise asks for {' and '.join(names)}"
     if line:
         return f"{path.name}, line {line}: {reason}: what did you expect there?"
-    return f"the check cannot use {' or '.join(names)}, or what it returned ({reason}): what does its text ask for?"
+    return f"{reason}, with what {' or '.join(names)} returned: is it what the text asks for?"
 
 
-def check(number: int, folder: Path = HERE) -> bool:
-    """Print what is right or wrong with an exercise."""
+def check(number: int, folder: Path = HERE) -> SimpleNamespace | None:
+    """Print what is right or wrong with an exercise; if all is right, return what the student's file defines."""
     path = path_of(number, folder)
     print(f"\n{number}. {path}")
     try:
-        for line in run(number, load(path)):
+        its = SimpleNamespace(**runpy.run_path(str(path), run_name=path.stem))
+        for line in run(number, its):
             print(f"   {line}")
     except (Exception, SystemExit) as error:
-        print(f"   not yet: {told(error, number, path)}")
-        return False
-    print("   right")
-    return True
+        return print(f"   not yet: {told(error, number, path)}")
+    print("   right" + f": now python course/check.py {number} --train" * (number in TRAINED))
+    return its
 
 
 def ready() -> bool:
     """Exercise 0: what is there, and what is missing."""
-    needs = {"torch": "", "numpy": "", "tqdm": "", "tiktoken": "", "matplotlib": '".[plot]", for pictures only'}
-    missing = {name: extra for name, extra in needs.items() if not importlib.util.find_spec(name)}
-    print(f"Python {sys.version.split()[0]}" + ", must be 3.10 or later" * (sys.version_info < (3, 10)))
-    for name, extra in missing.items():
-        print(f"{name} is missing: pip install -e {extra or '.'}")
-    good = sys.version_info >= (3, 10) and all(missing.values())
+    needs, good = ("torch", "numpy", "tqdm", "tiktoken", "matplotlib"), sys.version_info >= (3, 10)
+    print(f"Python {sys.version.split()[0]}" + ", must be 3.10 or later" * (not good))
+    for name in (name for name in needs if not importlib.util.find_spec(name)):
+        print(f"{name} is missing: pip install -e " + ('".[plot]", for pictures' if name == "matplotlib" else "."))
+        good = good and name == "matplotlib"
     print("ready: python course/check.py 1" if good else "not ready")
     return good
 
@@ -101,23 +95,24 @@ def main() -> bool:
     if args.exercise == "0" or not importlib.util.find_spec("torch"):
         return not ready()
     if args.exercise == "all":
-        right = sum([check(number) for number in NUMBERS])
+        right = sum([check(number) is not None for number in NUMBERS])
         print(f"\n{right} of {len(NUMBERS)} are right")
         return right < len(NUMBERS)
     number = int(args.exercise)
     if args.hint:
         hints = (HERE / "hints.md").read_text(encoding="utf-8").splitlines()
         return print(*(hint for hint in hints if hint.startswith(f"{number}.{args.hint} ")))
-    if args.train and number not in (2, 4, 5, 8, 9):
+    if args.train and number not in TRAINED:
         parser.error("--train is for exercises 2, 4, 5, 8 and 9")
-    if (good := check(number)) and args.train:
-        from course import training
+    its = check(number)
+    if its and args.train:
+        from course.training import train_with
 
         try:
-            training.train_with(number, load(path_of(number)))
+            train_with(number, its)
         except Exception as error:
             sys.exit(f"error: {told(error, number, path_of(number))}")
-    return not good
+    return its is None
 
 
 if __name__ == "__main__":

@@ -6,16 +6,16 @@ A check takes the student's functions and yields the lines to show. `must` and `
 import torch
 
 from course import naive
-from course.oracles import Counter, basis, eye, inner, must, off, randn, same, size
+from course.oracles import Counter, basis, inner, must, off, randn, same
 
 
 def check_1(project):
     for m, n, kind in ((6, 10, "wide"), (10, 6, "tall")):
         G, where = randn(m, n, seed=m), f"for a {kind} G ({m}×{n}) and r = 3"
         P, R = project(G, 3)
-        must(P.shape == (6, 3), f"{where} P is {size(P)}, should be 6×3: which side is the short one?")
+        must(P.shape == (6, 3), f"{where} P is {tuple(P.shape)}, should be (6, 3): which side is the short one?")
         R, G = (R.T, G.T) if kind == "tall" else (R, G)  # from here on G is wide
-        same(P.T @ P, eye(3), f"{where} PᵀP", "are P's columns of length 1, orthogonal, float64?")
+        same(P.T @ P, torch.eye(3).double(), f"{where} PᵀP", "are P's columns of length 1, orthogonal, float64?")
         total, kept, rest = (X.square().sum() for X in (G, P @ R, G - P @ R))
         same(kept + rest, total, f"{where} ‖PR‖² + ‖G − PR‖² = ‖G‖²", "where does your R come from?")
         best = torch.linalg.svdvals(G)[:3].square().sum() / total
@@ -43,7 +43,7 @@ def check_2(galore_step):
     adam, mine, turned = torch.optim.Adam([w], lr=0.02, eps=1e-30), [0 * W] * 3, [0 * W] * 3
     for t, w.grad in enumerate(Gs, 1):
         adam.step()
-        mine = galore_step(mine[0], w.grad, eye(m), *mine[1:], t, **options)
+        mine = galore_step(mine[0], w.grad, torch.eye(m).double(), *mine[1:], t, **options)
         turned = galore_step(turned[0], w.grad, basis(m, m, seed=1), *turned[1:], t, **options)
     same(mine[0], w.data, "Adam's W, with P = I and α = 1,", "do you use `lr`, `alpha` and `eps` as they come?")
     yield f"at r = m it is Adam if P = I (off by 0.0), but not for a random P (off by {off(turned[0], w.data):.2f})"
@@ -65,7 +65,7 @@ def check_3(fused_step, counterexample):
     must(most < m * n, f"a new tensor of {most} numbers was made, as W has {m * n}: which line makes it?")
     yield f"{found}, new tensors of at most {most} numbers (W: {m * n})"
     Q, R, rows = (x.double() for x in counterexample())
-    same(Q.T @ Q, eye(Q.shape[1]), "PᵀP of your P", "are its columns orthonormal?", limit=1e-6)
+    same(Q.T @ Q, torch.eye(Q.shape[1]).double(), "PᵀP of your P", "are its columns orthonormal?", limit=1e-6)
     left = (rows[:, None] * (Q @ R)).flatten()
     terms = torch.stack([torch.outer(Q[:, k], R[k]).flatten() for k in range(Q.shape[1])], 1)  # of P (b∘R)
     gap = (left - terms @ (torch.linalg.pinv(terms) @ left)).norm()
@@ -94,7 +94,7 @@ def check_4(scaling):
         return W
 
     P = basis(m, 2, seed=7)
-    sgd, momentum, adam = (off(run(kind, P), run(kind, eye(m))) for kind in ("SGD", "momentum", "Adam"))
+    sgd, momentum, adam = (off(run(kind, P), run(kind, torch.eye(m).double())) for kind in ("SGD", "momentum", "Adam"))
     must(sgd < 1e-10, f"with SGD inside it is off SGD for the full matrix by {sgd:.1e}: what must φ be where N = R?")
     yield f"SGD inside is SGD, for any P (off by {sgd:.0e})"
     yield f"momentum inside is not momentum (off by {momentum:.2f}): what does S lack that P N has?"

@@ -16,8 +16,6 @@ How large is the state? M and V have r·n numbers each and P has m·r; Adam keep
 is 196,608 against 524,288.
 
 Before you run the check: let r = m, so that nothing of G is lost. Is GaLore with α = 1 then Adam, for every P?
-
-    python course/check.py 2 --train    150 steps of a small language model with your function
 """
 
 import torch
@@ -31,13 +29,8 @@ def galore_step(W, G, P, M, V, t, lr=0.01, alpha=0.25, beta1=0.9, beta2=0.999, e
 
 # %% Look at it: 300 steps towards a target of which W can reach only a part. Which?
 if __name__ == "__main__":
-    target, W, P, M, V = (
-        torch.randn(8, 12),
-        torch.zeros(8, 12),
-        torch.eye(8)[:, :3],
-        torch.zeros(3, 12),
-        torch.zeros(3, 12),
-    )
+    target, P = torch.randn(8, 12), torch.eye(8)[:, :3]
+    W, M, V = torch.zeros(8, 12), torch.zeros(3, 12), torch.zeros(3, 12)
     for t in range(1, 301):
         W, M, V = galore_step(W, W - target, P, M, V, t, lr=0.05)
     print("distance of each row:", (W - target).norm(dim=1))

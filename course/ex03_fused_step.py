@@ -19,7 +19,7 @@ Smallest sizes are best: m = 2, r = 1, n = 1 will do.
 Before you write the second one: in what space do the columns of P X lie, whatever X is?
 """
 
-import torch
+import torch  # noqa: F401 (for your counterexample)
 
 
 # %% Write these
@@ -31,10 +31,3 @@ def fused_step(W, G, P, N, phi, lr, alpha):
 def counterexample():
     """P (m, r), R (r, n) and rows (m,), tensors, for which rows∘(P R) is not P (b∘R) for any b (r,)."""
     raise NotImplementedError
-
-
-# %% Look at it
-if __name__ == "__main__":
-    P, G, N, phi, W = torch.eye(8)[:, :3], torch.randn(8, 12), torch.randn(3, 12), torch.rand(12), torch.zeros(8, 12)
-    fused_step(W, G, P, N, phi, lr=1, alpha=0.25)
-    print("off the formula by", (W + 0.25 * P @ N + phi * (G - P @ (P.T @ G))).abs().max().item())

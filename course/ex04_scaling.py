@@ -15,8 +15,6 @@ Predict each before you run the check, with a word of why:
     1. Inside is SGD, N = R, and P is any. Is the whole then SGD for the full matrix?
     2. Inside is momentum, N = M with M ← 0.9 M + R. Is the whole then momentum for the full matrix?
     3. Inside is Adam, and P = I (r = m). Is the whole then Adam?
-
-    python course/check.py 4 --train    150 steps with your φ in Fira
 """
 
 import torch

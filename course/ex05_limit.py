@@ -16,8 +16,6 @@ Then make the limiter work: `spike` multiplies what P cannot see of G by a facto
 Predict: after 50 usual steps that part comes 50 times too large. By how much does ‖S‖ grow, free and limited? And by
 how much, free, if the whole gradient is 50 times too large? (Look at φ: what happens to ‖N‖ / ‖R‖ then?) Clipping by
 the gradient's norm treats both alike.
-
-    python course/check.py 5 --train    150 steps with your limiter in Fira
 """
 
 import torch

@@ -18,7 +18,6 @@ Before you write: for a square matrix, is that rank a quarter, a half, or two th
 """
 
 import sys
-from pathlib import Path
 
 import torch
 
@@ -38,17 +37,15 @@ def break_even(m, n):
 if __name__ == "__main__":
     import resource  # Windows has none: look at the Task Manager there
 
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from fira import Fira
 
-    rank, peaks = int(sys.argv[1]) if sys.argv[1:] else None, []
+    rank, unit, peaks = int(sys.argv[1]) if sys.argv[1:] else None, 1 if sys.platform == "darwin" else 1024, []
     weights = [torch.nn.Parameter(torch.randn(1024, 1024)) for _ in range(24)]
     for w in weights:
         w.grad = torch.randn(1024, 1024)
     optimizer = Fira([{"params": weights, "rank": rank}])
     for _ in range(4):
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3))
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6)
         optimizer.step()
-    print(
-        f"{f'Fira, rank {rank}' if rank else 'Adam'}: the peak grew from {peaks[0]:.0f} to {peaks[3]:.0f} MB in 3 steps"
-    )
+    who = f"Fira, rank {rank}" if rank else "Adam"
+    print(f"{who}: in three steps the peak grew by {peaks[3] - peaks[0]:.0f} MB, from {peaks[0]:.0f} MB")

@@ -15,8 +15,6 @@ Write `pack` and `unpack` for V (no number is negative) so that
     - codes are uint8, as many as V has numbers, and scales float32, one for each block (the last may be shorter).
 
 Rounding up just above a whole number is where this can go wrong: what is 255 × 1.0000001, rounded up, in a byte?
-
-    python course/check.py 8 --train    150 steps with 8-bit M and V
 """
 
 import torch

@@ -13,8 +13,6 @@ interval often enough.) If not even rank 1 everywhere fits the budget, raise Val
 By hand, before you write: the singular values are 4, 3, 2, 1, 0.5, 0.25. Which r for q = 0.5, 0.9 and 0.99?
 
 Rounding will want its share: a sum of squares divided by itself may come out as 0.9999999. Do you ever return m + 1?
-
-    python course/check.py 9 --train    150 steps with ranks from the first gradient, at the memory of rank 32
 """
 
 import torch

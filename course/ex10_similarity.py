@@ -22,9 +22,6 @@ Then doubt it. Nobody knows all the answers:
     5. Is it φ that is alike, or only ‖R‖ and ‖G‖, by which both are divided?
 """
 
-import sys
-from pathlib import Path
-
 import torch
 
 
@@ -34,10 +31,9 @@ def similarity(low, full):
     raise NotImplementedError
 
 
-# %% Look at it, after the check has passed. `phis` gives by step a list of pairs (φ low, φ full), one for each matrix
+# %% Look at it, after the check has passed: `python -m course.ex10_similarity`
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from course.training import phis
 
-    for step, pairs in phis(steps=(5, 10, 20, 21, 30, 40)).items():
-        print(f"step {step}: rho and level over columns", similarity(*(torch.cat(phi) for phi in zip(*pairs))))
+    for step, low, full in phis(steps=(5, 10, 20, 21, 30, 40)):  # each a list with a vector for each matrix
+        print(f"step {step}: rho and level over columns", similarity(torch.cat(low), torch.cat(full)))

@@ -12,7 +12,7 @@ import numpy as np
 FIGURES = Path(__file__).resolve().parent / "figures"
 sys.path.insert(0, str(FIGURES.parent.parent))
 NAMES = ("0.attention.q", "1.attention.v", "1.mlp.gate", "2.mlp.down", "3.attention.out")  # in blocks
-MEASURED = {"AdamW": 204, "Fira, rank 256": 173, "Fira, rank 64": 120}  # MB, by `python course/ex06_memory.py RANK`
+MEMORY = {"AdamW": (201, 204), "Fira, rank 256": (75, 173), "Fira, rank 64": (19, 120)}  # MB, see exercise 6
 FAMILY = """
 method              φ                     W ← W − η c_t ( … )             P
 ──────────────────────────────────────────────────────────────────────────────────────────
@@ -40,9 +40,10 @@ def make_steps():
     found = {"free": [], "limited": []}
     for name, gamma in (("free", None), ("limited", 1.01)):
         for step, optimizer, model in short_run(Shadowed, 60, stretch, update_proj_gap=20, gamma=gamma):
-            found[name].append(np.linalg.norm([seen["limited"] for seen in optimizer.seen.values() if seen]))
+            found[name].append(np.linalg.norm([seen["limited"] for seen in optimizer.seen.values()]))
             if step in (20, 21):
-                found[f"phi {step}"] = [np.concatenate(columns)[::4] for columns in zip(*optimizer.pairs)]  # low, full
+                phis = ([seen[key] for seen in optimizer.seen.values()] for key in ("phi", "phi_full"))
+                found[f"phi {step}"] = [np.concatenate(phi)[::4] for phi in phis]
     Gs = [model.get_parameter(f"blocks.{name}.weight").grad for name in NAMES]
     P = singular_vectors(Gs[0], 4)
     return found | {"G": Gs[0], "PR": P @ (P.T @ Gs[0])} | {name: G.svd().S for name, G in zip(NAMES, Gs)}
@@ -53,8 +54,8 @@ def make_curves():
     from course.training import OUT, run
 
     def log(name):
-        entries = (Path(OUT) / name / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        return [[e["step"], e["loss"], e.get("val_loss", np.nan)] for e in map(json.loads, entries)]
+        with open(Path(OUT) / name / "log.jsonl", encoding="utf-8") as lines:
+            return [[e["step"], e["loss"], e.get("val_loss", np.nan)] for e in map(json.loads, lines)]
 
     return {name: [log(run(name, seed)) for seed in range(3)] for name in ("fira", "galore", "adamw")}
 
@@ -66,19 +67,15 @@ def stored(make) -> dict:
     return np.load(path)
 
 
-def gradient(figure):
-    data = stored(make_steps)
-    axes, G, PR = figure.subplots(1, 3), data["G"], data["PR"]
+def gradients(figure):
+    data, upper, lower = stored(make_steps), *figure.subfigures(2, 1)
+    axes, G, PR = upper.subplots(1, 3), data["G"], data["PR"]
     share, size = (PR**2).sum() / (G**2).sum(), np.quantile(abs(G), 0.99)
-    titles = "G", f"P R, r = 4: energy {share:.0%}", "G − P R, the rest"
-    for ax, X, title in zip(axes, (G, PR, G - PR), titles):
+    for ax, X, title in zip(axes, (G, PR, G - PR), ("G", f"P R, r = 4: energy {share:.0%}", "G − P R, the rest")):
         image = ax.imshow(X, cmap="RdBu", vmin=-size, vmax=size)
         ax.set(title=title, xticks=[], yticks=[])
-    figure.colorbar(image, ax=axes, shrink=0.7)
-
-
-def spectra(figure):
-    data, ax = stored(make_steps), figure.subplots()
+    upper.colorbar(image, ax=axes, shrink=0.9)
+    ax = lower.subplots()
     for name in NAMES:
         share = (data[name][:32] ** 2).sum() / (data[name] ** 2).sum()
         ax.plot(range(1, 129), data[name] / data[name][0], label=f"block {name}: r holds {share:.2%}")
@@ -118,12 +115,11 @@ def loss(figure):
 
 
 def memory(figure):
-    by_hand = [24 * 4 * numbers / 1e6 for numbers in (2 * 1024**2, 3 * 1024 * 256 + 1, 3 * 1024 * 64 + 1)]
-    ax, places = figure.subplots(), np.arange(3)
+    ax, places, (by_hand, measured) = figure.subplots(), np.arange(3), zip(*MEMORY.values())
     ax.bar(places - 0.2, by_hand, 0.4, label="the state, by hand")
-    ax.bar(places + 0.2, MEASURED.values(), 0.4, label="measured: growth of the peak in three steps")
-    ax.set_xticks(places, MEASURED)
-    ax.set_ylabel("MB, 24 matrices of 1024×1024")
+    ax.bar(places + 0.2, measured, 0.4, label="measured: growth of the peak in three steps")
+    ax.set_xticks(places, MEMORY)
+    ax.set(ylabel="MB, 24 matrices of 1024×1024")
     ax.legend()
 
 
@@ -137,7 +133,7 @@ if __name__ == "__main__":
         from matplotlib.figure import Figure
     except ImportError:
         sys.exit('error: the pictures need matplotlib: pip install -e ".[plot]"')
-    for draw in (gradient, spectra, phi, spike, loss, memory, family):
-        draw(figure := Figure(figsize=(7.8, 3.6), layout="constrained"))
+    for draw in (gradients, phi, spike, loss, memory, family):
+        draw(figure := Figure(figsize=(7.8, 7.2 if draw is gradients else 3.6), layout="constrained"))
         figure.savefig(FIGURES / f"{draw.__name__}.png", dpi=110)
         print(f"wrote {FIGURES / draw.__name__}.png")

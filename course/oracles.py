@@ -14,10 +14,9 @@ def must(holds, sentence: str) -> None:
 
 
 def same(X, want, name: str, question: str, limit: float = 1e-10) -> None:
-    sizes = f"{name} is {size(X)}, should be {size(want)}" * (X.shape != want.shape)
-    must(
-        off(X, want) < limit, f"{sizes or f'{name} is off by {off(X, want):.2g} of its size, should be 0'}: {question}"
-    )
+    came = f"{name} is off by {off(X, want):.2g} of its size, should be 0"
+    came = came if X.shape == want.shape else f"{name} is {tuple(X.shape)}, should be {tuple(want.shape)}"
+    must(off(X, want) < limit, f"{came}: {question}")
 
 
 def off(X, Y) -> float:
@@ -26,16 +25,8 @@ def off(X, Y) -> float:
     return ((X.double() - Y).norm() / (Y.norm() + 1e-300)).item() if same_kind else float("inf")
 
 
-def size(X) -> str:
-    return "×".join(map(str, X.shape)) or "a single number"
-
-
 def randn(*shape, seed: int = 0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def eye(m: int):
-    return torch.eye(m, dtype=torch.float64)
 
 
 def basis(m: int, r: int, seed: int = 0):

@@ -31,21 +31,16 @@ class ByTheBook(Fira):
         P, prev_norm = state["projection"], state["prev_norm"].item()
         R = P.T @ G
         N, c_t = self.inner(R, state, group)
-        S = getattr(self.its, "scaling", usual_scaling)(N, R) * (G - P @ R)
-        S, norm = getattr(self.its, "limit", usual_limit)(
-            S, prev_norm if prev_norm < math.inf else None, group["gamma"]
-        )
+        phi = self.its.scaling(N, R) if hasattr(self.its, "scaling") else N.norm(dim=0) / (R.norm(dim=0) + 1e-8)
+        S, prev = phi * (G - P @ R), prev_norm if prev_norm < math.inf else None
+        S, norm = self.its.limit(S, prev, group["gamma"]) if hasattr(self.its, "limit") else self.limit(S, prev)
         state["prev_norm"].fill_(math.inf if norm is None else norm)
         W.sub_(group["lr"] * c_t * (group["alpha"] * P @ N + S))
 
-
-def usual_scaling(N, R):
-    return N.norm(dim=0) / (R.norm(dim=0) + 1e-8)
-
-
-def usual_limit(S, prev_norm, gamma):
-    factor = 1 if prev_norm is None else min(1, gamma * (prev_norm + 1e-8) / (S.norm().item() + 1e-30))
-    return S * factor, S.norm().item() * factor or prev_norm
+    def limit(self, S, prev_norm):
+        norm = S.norm().item()
+        factor = 1 if prev_norm is None else min(1, 1.01 * (prev_norm + 1e-8) / (norm + 1e-30))
+        return S * factor, norm * factor or prev_norm
 
 
 class EightBit(Fira):
@@ -103,11 +98,7 @@ def run(optimizer: str, seed: int = 0, name: str | None = None, variant: type[Fi
 
 
 class Shadowed(Fira):
-    """Fira that also keeps Adam's moments of the full gradient, for φ alone: `pairs` is [(φ low, φ full)] by matrix."""
-
-    def update(self):
-        self.pairs = []
-        super().update()
+    """Fira that also keeps Adam's moments of the full gradient: beside `phi`, `seen` then has the `phi_full` of those."""
 
     def update_matrix(self, p, group):
         G, state = oriented(p.grad, group["proj_type"]).clone(), self.state[p]
@@ -115,7 +106,7 @@ class Shadowed(Fira):
         shadow = state.setdefault("shadow", {"step": 0} | self.new_moments(G))
         shadow["step"] += 1
         N, _ = self.inner(G, shadow, group)
-        self.pairs.append((self.seen[p]["phi"], N.norm(dim=0) / (G.norm(dim=0) + 1e-8)))
+        self.seen[p]["phi_full"] = N.norm(dim=0) / (G.norm(dim=0) + 1e-8)
 
 
 def short_run(optimizer_class=Fira, last=60, before_step=lambda step, optimizer: None, **options):
@@ -136,6 +127,8 @@ def short_run(optimizer_class=Fira, last=60, before_step=lambda step, optimizer:
         yield step, optimizer, model
 
 
-def phis(steps=(20, 21)) -> dict[int, list]:
-    """By step, a pair (φ low, φ full) for each matrix; the subspace changes after steps 20, 40, ..."""
-    return {step: run.pairs for step, run, _ in short_run(Shadowed, max(steps), update_proj_gap=20) if step in steps}
+def phis(steps=(20, 21)):
+    """Yield step, φ low and φ full, each a list with a vector for each matrix. The subspace changes after step 20."""
+    for step, optimizer, _ in short_run(Shadowed, max(steps), update_proj_gap=20):
+        if step in steps:
+            yield step, *([seen[key] for seen in optimizer.seen.values()] for key in ("phi", "phi_full"))
