@@ -109,7 +109,7 @@ def check_5(limit, spike):
         (3.0, 2.0, 1.01, 2.0, 2.0, "‖S‖ fell: what is the max for?"),
         (1.0, 57.3, 1.01, 1.01, 1.01, "which norm do you compare with, and which do you store?"),
         (1.0, 57.3, 2.0, 2.0, 2.0, "do you use `gamma`?"),
-        (3.0, 0.0, 1.01, 0.0, 3.0, "from 0, and the 1e-8, × 1.01 needs 1,388 steps to 1. What else could you keep?"),
+        (3.0, 0.0, 1.01, 0.0, 3.0, "from 0 it takes 1,388 steps until ‖S‖ = 1 may pass. What else could you keep?"),
         (None, 0.0, 1.01, 0.0, None, "what may ‖S‖ be in the second step?"),
     ):
         new, kept = limit(norm * S, prev, gamma)

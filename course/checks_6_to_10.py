@@ -23,7 +23,7 @@ def check_6(state_numbers, break_even):
         came, error = f"{m}×{n}: at rank {r:.1f} P, M and V are", r * (min(m, n) + 2 * max(m, n)) / adam - 1
         question = "is it rounded?" if abs(error) < 0.005 else "which side is the short one?"
         must(abs(error) < 1e-10, f"{came} {1 + error:.3f} times Adam's {adam:,} numbers, should be 1: {question}")
-        yield f"{came} Adam's {adam:,} numbers: rank {math.floor(r)} still saves, {math.floor(r) + 1} does not"
+        yield f"{came} {adam:,} numbers, as Adam's: rank {math.floor(r)} still saves, {math.floor(r) + 1} does not"
 
 
 def check_7(align, rotate):

@@ -13,8 +13,8 @@ whole ranks above it do not.
 
 Before you write: for a square matrix, is that rank a quarter, a half, or two thirds of the side?
 
-    python course/ex06_memory.py        how Adam's state for 24 matrices of 1024×1024 makes this process's peak grow
-    python course/ex06_memory.py 64     predict the growth for Fira at rank 64, then run this
+    python -m course.ex06_memory        how Adam's state for 24 matrices of 1024×1024 makes this process's peak grow
+    python -m course.ex06_memory 64     predict the growth for Fira at rank 64, then run this
 """
 
 import sys

@@ -81,15 +81,15 @@ PLACES = {2: GaLore, 4: ByTheBook, 5: ByTheBook, 8: EightBit, 9: RankEach}  # of
 def train_with(number: int, its) -> None:
     """150 steps with the student's functions and 150 of ours, then the table and the picture."""
     yours, optimizer = type("Yours", (PLACES[number],), {"its": its}), "galore" if number == 2 else "fira"
-    names = [run(optimizer), run(optimizer, 0, f"exercise-{number}", yours)]
-    train.compare(names, OUT, Path(OUT) / f"exercise-{number}.png")
+    names = [run(optimizer), run(optimizer, 0, f"yours-{number}", yours)]
+    train.compare(names, OUT, Path(OUT) / f"yours-{number}.png")
     print("Do you see one curve only? Then yours lies on ours.")
 
 
 def run(optimizer: str, seed: int = 0, name: str | None = None, variant: type[Fira] | None = None) -> str:
     """Train 150 steps, unless it is a run of ours that out/course has from another time. Returns the run's name."""
     os.chdir(ROOT)  # data/ and out/ are there
-    options = {"steps": 150, "eval_interval": 50, "seed": seed, "out": OUT, "name": name or f"{optimizer}-{seed}"}
+    options = {"steps": 150, "eval_interval": 50, "seed": seed, "out": OUT, "name": name or f"ours-{optimizer}-{seed}"}
     config = train.Config(optimizer, variant=variant and name, **options).resolve()
     if variant or not (config.folder / "result.json").exists():
         train.load_variant = lambda _: variant
