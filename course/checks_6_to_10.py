@@ -65,7 +65,7 @@ def check_8(pack, unpack):
     g, uneven = randn(64, 256, seed=1).square(), randn(1300, seed=2).square()
     uneven[256:1024] *= torch.tensor([1e-12, 0.0, 1e4]).double().repeat_interleave(256)  # a block each
     uneven[6] = 0.0  # in a block that has others
-    for V in (g, uneven.view(-1, 4), torch.tensor([[1e-3, 1.0000001, 0.5]]).double()):
+    for V in (g, uneven.view(-1, 4), torch.tensor([[1e-3, 1.00000001, 0.5]], dtype=torch.float64)):
         (codes, scales), n, root = pack(V), V.numel(), V.sqrt()
         came = f"{codes.numel()} codes of {codes.dtype} and {scales.numel()} scales of {scales.dtype}"
         want = f"{n} codes of torch.uint8 and {-(-n // 256)} scales of torch.float32"

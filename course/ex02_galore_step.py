@@ -23,7 +23,7 @@ import torch
 
 # %% Write this
 def galore_step(W, G, P, M, V, t, lr=0.01, alpha=0.25, beta1=0.9, beta2=0.999, eps=1e-8):
-    """W, M and V after step t, from W and G (m, n), P (m, r), and M and V (r, n) of step t − 1 (before the first: 0)."""
+    """W, M and V after step t, from W and G (m, n), P (m, r), and M and V (r, n) of step t − 1 (at first 0)."""
     raise NotImplementedError
 
 

@@ -99,7 +99,7 @@ def spike(figure):
     for name, label in (("free", "no limiter"), ("limited", "γ = 1.01")):
         ax.semilogy(range(1, 61), data[name], label=label)
     ax.axvline(30, color="grey", linestyle=":", label="what P cannot see, × 50")
-    ax.set(xlabel="step", ylabel="‖S‖ of all matrices")
+    ax.set(xlabel="step (the subspace changes after 20 and 40)", ylabel="‖S‖ of all matrices")
     ax.legend(loc="upper right")
 
 

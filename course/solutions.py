@@ -9,7 +9,7 @@ from course.ex09_ranks import numbers
 # 1. The rank-r matrix nearest to G is made of its r leading singular vectors (Eckart and Young); any other basis of the
 #    same space keeps the same energy. The short side is projected because P has short·r numbers.
 def project(G, r):
-    U, sigma, Vt = torch.linalg.svd(G, full_matrices=False)
+    U, _, Vt = torch.linalg.svd(G, full_matrices=False)
     if G.shape[0] > G.shape[1]:
         return Vt[:r].T, G @ Vt[:r].T
     return U[:, :r], U[:, :r].T @ G
@@ -44,8 +44,8 @@ def scaling(N, R, eps=1e-8):
     return N.norm(dim=0) / (R.norm(dim=0) + eps)
 
 
-# 5. The limited norm is kept, or a spike would pass in its second step; a zero is not, or S would be held down for 1,388
-#    steps. If all of G is 50 times too large, R is too, Adam's ‖N‖ hardly grows, and φ falls: only the rest needs a limit.
+# 5. The limited norm is kept, or a spike would pass in its second step; a zero is not, or S would be held down for long.
+#    If all of G is 50 times too large, R is too, Adam's ‖N‖ hardly grows, and φ falls: only the rest needs a limit.
 def limit(S, prev_norm, gamma=1.01):
     norm = S.norm().item()
     if norm == 0:

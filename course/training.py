@@ -1,4 +1,4 @@
-"""Small runs: --train, a student's function in 150 real steps; and short ones that exercise 10 and the pictures look into."""
+"""Small runs: --train, 150 steps with a student's function, and short ones for exercise 10 and the pictures."""
 
 import math
 import os
@@ -98,7 +98,7 @@ def run(optimizer: str, seed: int = 0, name: str | None = None, variant: type[Fi
 
 
 class Shadowed(Fira):
-    """Fira that also keeps Adam's moments of the full gradient: beside `phi`, `seen` then has the `phi_full` of those."""
+    """Fira that also keeps Adam's moments of the full gradient: beside `phi`, `seen` then has their `phi_full`."""
 
     def update_matrix(self, p, group):
         G, state = oriented(p.grad, group["proj_type"]).clone(), self.state[p]

@@ -3,20 +3,16 @@
 import re
 import runpy
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from course import check, training
+from course.oracles import Fault
+from course.wrong import WRONG
 
-from course import check, training  # noqa: E402
-from course.oracles import Fault  # noqa: E402
-from course.wrong import WRONG  # noqa: E402
-
-SOLUTIONS = ROOT / "course" / "solutions.py"
+SOLUTIONS = check.HERE / "solutions.py"
 needs_solutions = pytest.mark.skipif(not SOLUTIONS.exists(), reason="a teacher deleted the solutions")
 
 
@@ -28,14 +24,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def solutions(changes=None):
-    """The names of solutions.py, with a few words of it replaced."""
-    text, names = SOLUTIONS.read_text(encoding="utf-8"), {}
-    for old, new in (changes or {}).items():
+def solutions(folder, changes):
+    """What solutions.py defines, with a few words of it replaced."""
+    text, path = SOLUTIONS.read_text(encoding="utf-8"), folder / "solutions.py"
+    for old, new in changes.items():
         assert text.count(old) == 1, f"{old!r} must be in solutions.py once, so that this changes one thing"
         text = text.replace(old, new)
-    exec(text, names)
-    return SimpleNamespace(**names)
+    path.write_text(text, encoding="utf-8")
+    return SimpleNamespace(**runpy.run_path(str(path)))
 
 
 @pytest.mark.parametrize("number", check.NUMBERS)
@@ -51,9 +47,9 @@ def test_unsolved_file_names_the_functions_to_write(number, capsys):
 
 @needs_solutions
 @pytest.mark.parametrize("number, what, changes, sentence", WRONG, ids=[f"{row[0]}: {row[1]}" for row in WRONG])
-def test_wrong_answer_fails_with_its_sentence(number, what, changes, sentence):
+def test_wrong_answer_fails_with_its_sentence(number, what, changes, sentence, tmp_path):
     with pytest.raises(Fault) as fault:
-        list(check.run(number, solutions(changes)))
+        list(check.run(number, solutions(tmp_path, changes)))
     assert sentence in str(fault.value)
     assert "?" in str(fault.value) and "\n" not in str(fault.value)
 
@@ -69,8 +65,8 @@ def test_solved_files_are_right_where_they_lie(tmp_path, capsys):
         path = check.path_of(number)
         text, solved = path.read_text(encoding="utf-8"), SOLUTIONS.read_text(encoding="utf-8")
         for name in check.check_of(number)[1]:
-            function = re.search(rf"^def {name}\(.*?(?=^\S|\Z)", solved, re.M | re.S)[0]
-            text = re.sub(rf"^def {name}\(.*?(?=^\S|\Z)", lambda _: function, text, flags=re.M | re.S)
+            whole = re.compile(rf"^def {name}\(.*?(?=^\S|\Z)", re.MULTILINE | re.DOTALL)
+            text = text.replace(whole.search(text)[0], whole.search(solved)[0])
         (tmp_path / path.name).write_text(text, encoding="utf-8")
         assert check.check(number, tmp_path), capsys.readouterr().out
     assert capsys.readouterr().out.count("   right") == len(check.NUMBERS)
@@ -237,13 +233,13 @@ def test_three_hints_for_each_exercise(monkeypatch, capsys):
 
 @needs_solutions
 @pytest.mark.parametrize("number, near", [(2, 1e-5), (4, 1e-5), (5, 1e-5), (8, 0.3), (9, float("inf"))])
-def test_function_in_the_place_of_its_seam(number, near):
+def test_function_in_the_place_of_its_seam(number, near, tmp_path):
     """With the solution inside, the optimizer of --train is the one that it is compared with."""
     from fira import Fira
 
     place = training.PLACES[number]
     names = ["pack_M", "unpack_M", "numbers", *check.check_of(number)[1]]
-    found = runpy.run_path(str(check.path_of(number))) | vars(solutions())
+    found = runpy.run_path(str(check.path_of(number))) | vars(solutions(tmp_path, {}))
     its = SimpleNamespace(**{name: found[name] for name in names if name in found})
     ends = []
     for cls in (Fira, type("Yours", (place,), {"its": its})):
