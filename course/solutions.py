@@ -44,7 +44,7 @@ def scaling(N, R, eps=1e-8):
     return N.norm(dim=0) / (R.norm(dim=0) + eps)
 
 
-# 5. The limited norm is kept, or a spike would pass in its second step; a zero is not, or S would be held down for long.
+# 5. The limited norm is kept, or a spike would pass in its second step; a zero is not, or S is held down for long.
 #    If all of G is 50 times too large, R is too, Adam's ‖N‖ hardly grows, and φ falls: only the rest needs a limit.
 def limit(S, prev_norm, gamma=1.01):
     norm = S.norm().item()
