@@ -16,26 +16,23 @@ vectors, R = GP (m×r), and R Pᵀ stands for PR. The short side makes P small. 
 Before you write: G is 6×10 of random numbers and r = 3. Does PR keep less than half of the energy, half, or more?
 
     python course/check.py 1            check your function
-    python course/check.py 1 --hint     the next of three hints
+    python course/check.py 1 --hint     the first of three hints; --hint 2 and --hint 3 are the others
 """
 
 import torch
-from torch import Tensor
+
 
 # %% Write this
-
-
-def project(G: Tensor, r: int) -> tuple[Tensor, Tensor]:
+def project(G, r):
     """P and R of a gradient G (m, n): P (m, r) and R (r, n), or for a tall G P (n, r) and R (m, r)."""
     raise NotImplementedError
 
 
 # %% Look at it: run this file, or this cell
-
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    G = torch.randn(6, 10, dtype=torch.float64)
+    G = torch.randn(6, 10)
     P, R = project(G, 3)
     print("PᵀP, which should be the identity:\n", P.T @ P)
     print("energy:", ((P @ R).norm() / G.norm()).item() ** 2)
     print("what P still sees of the rest, which should be 0:", (P.T @ (G - P @ R)).norm().item())
+    print("R of a tall gradient:", project(G.T, 3)[1].shape)

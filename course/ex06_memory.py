@@ -7,69 +7,48 @@ projects the short side, whichever it is; with m ≤ n and r < m it keeps
 
 At r = m nothing would lie outside the subspace: P = I and is not stored, so there are M, V and the one number.
 
-Write the count for any m, n and r. Then: from which rank on does Fira's state no longer save anything against Adam's?
-Set both equal, without the one number, and solve for r. It need not be whole.
+Write the count for any m, n and r. Then: at which rank does Fira keep as many numbers as Adam? Set both equal, without
+the one number, and solve for r. Return the fraction as it comes, not rounded: the whole ranks below it save memory, the
+whole ranks above it do not.
 
 Before you write: for a square matrix, is that rank a quarter, a half, or two thirds of the side?
 
-    python course/check.py 6
-    python course/ex06_memory.py        then predict how the peak grows, and measure it
+    python -m course.ex06_memory        how Adam's state for 24 matrices of 1024×1024 makes this process's peak grow
+    python -m course.ex06_memory 64     predict the growth for Fira at rank 64, then run this
 """
 
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
+
 # %% Write these
-
-
-def state_numbers(m: int, n: int, r: int) -> int:
+def state_numbers(m, n, r):
     """How many numbers Fira keeps for a weight (m, n) at rank r; m may be larger than n."""
     raise NotImplementedError
 
 
-def break_even(m: int, n: int) -> float:
-    """The rank at which Fira keeps as many numbers as Adam, the one of the limiter not counted."""
+def break_even(m, n):
+    """The rank, a fraction, at which Fira keeps as many numbers as Adam, the one of the limiter not counted."""
     raise NotImplementedError
 
 
-# %% Measure it: three steps for 24 matrices of 1024×1024 at rank 64, by each optimizer in a process of its own
+# %% Measure it: Fira's peak at a rank, or Adam's. If it grows by more than the state: what is it for?
+if __name__ == "__main__":
+    try:
+        import resource
+    except ImportError:
+        sys.exit("Windows does not tell a process its peak: look at the Task Manager")
 
-
-def peak_mb() -> float:
-    """The largest memory that this process has held, in 10⁶ bytes; nan on Windows: look at the Task Manager there."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
-    if sys.platform != "darwin":
-        return float("nan")
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
-def three_steps(rank: int | None) -> None:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from fira import Fira
 
+    rank, unit, peaks = int(sys.argv[1]) if sys.argv[1:] else None, 1 if sys.platform == "darwin" else 1024, []
     weights = [torch.nn.Parameter(torch.randn(1024, 1024)) for _ in range(24)]
-    optimizer = Fira([{"params": weights, "rank": rank}])
     for w in weights:
         w.grad = torch.randn(1024, 1024)
-    before = peak_mb()
-    for _ in range(3):
+    optimizer = Fira([{"params": weights, "rank": rank}])
+    for _ in range(4):
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6)
         optimizer.step()
-    print(f"rank {rank}: peak {before:.0f} MB before the steps, {peak_mb():.0f} MB after")
-
-
-if __name__ == "__main__":
-    if sys.argv[1:]:
-        three_steps(int(sys.argv[1]) or None)
-    else:
-        for rank, numbers in ((0, 2 * 1024**2), (64, state_numbers(1024, 1024, 64))):
-            print(
-                f"by hand: {24 * 4 * numbers / 1e6:.0f} MB of state. If more is measured: what is it for?", flush=True
-            )
-            subprocess.run([sys.executable, __file__, str(rank)], check=True)
+    who = f"Fira, rank {rank}" if rank else "Adam"
+    print(f"{who}: in three steps the peak grew by {peaks[3] - peaks[0]:.0f} MB, from {peaks[0]:.0f} MB")

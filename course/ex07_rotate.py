@@ -15,33 +15,25 @@ V stays in both. (V holds squares, which have no direction to turn; what is righ
 
 Predict: the signs of every new P are flipped at random. How far apart are two runs with raw P's, with `align`, with
 `rotate`? Then: what would `rotate` make of M if P_new spans a space with nothing in common with the old one?
-
-    python course/check.py 7
 """
 
 import torch
-from torch import Tensor
+
 
 # %% Write these
-
-
-def align(P_new: Tensor, P_old: Tensor) -> Tensor:
+def align(P_new, P_old):
     """P_new (m, r) with each column along the column of P_old (m, r) that it replaces."""
     raise NotImplementedError
 
 
-def rotate(M: Tensor, P_old: Tensor, P_new: Tensor) -> Tensor:
+def rotate(M, P_old, P_new):
     """M (r, n), which belongs to P_old (m, r), carried over to P_new (m, r)."""
     raise NotImplementedError
 
 
-# %% Look at it: how much of M survives when P turns by an angle?
-
+# %% Look at it: how much of M survives when P turns?
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    P, _ = torch.linalg.qr(torch.randn(8, 3, dtype=torch.float64))
-    other = torch.randn(8, 3, dtype=torch.float64)
-    M = torch.randn(3, 12, dtype=torch.float64)
+    P, other, M = torch.eye(8)[:, :3], torch.randn(8, 3), torch.randn(3, 12)
     for step in (0.0, 0.1, 0.3, 1.0, 10.0):
         P_new = align(torch.linalg.qr(P + step * other).Q, P)
         print(f"P + {step} × something: ‖M_new‖ / ‖M‖ = {rotate(M, P, P_new).norm() / M.norm():.3f}")

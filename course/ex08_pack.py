@@ -15,48 +15,38 @@ Write `pack` and `unpack` for V (no number is negative) so that
     - codes are uint8, as many as V has numbers, and scales float32, one for each block (the last may be shorter).
 
 Rounding up just above a whole number is where this can go wrong: what is 255 × 1.0000001, rounded up, in a byte?
-
-    python course/check.py 8
-    python course/check.py 8 --train    150 steps with 8-bit M and V
 """
 
 import torch
-from torch import Tensor
-
-BLOCK = 256
 
 
-def blocks(X: Tensor) -> Tensor:
+def blocks(X):
     """X as rows of 256 numbers, (number of blocks, 256), the last one filled with zeros."""
-    return torch.nn.functional.pad(X.flatten(), (0, -X.numel() % BLOCK)).view(-1, BLOCK)
+    return torch.nn.functional.pad(X.flatten(), (0, -X.numel() % 256)).view(-1, 256)
 
 
-def pack_M(M: Tensor) -> tuple[Tensor, Tensor]:
-    B = blocks(M)
-    scales = B.abs().amax(dim=1).float()
-    codes = (B / scales.clamp(min=1e-38)[:, None] * 127).round()  # the clamp: 0/1e-38 and not 0/0
-    return codes.to(torch.int8).flatten()[: M.numel()], scales
+def pack_M(M):
+    scales = blocks(M).abs().amax(dim=1).float()
+    codes = blocks(M) / scales.clamp(min=1e-38)[:, None] * 127  # the clamp: 0/1e-38 and not 0/0
+    return codes.round().to(torch.int8), scales
 
 
-def unpack_M(codes: Tensor, scales: Tensor, shape: torch.Size) -> Tensor:
-    return (blocks(codes.float()) / 127 * scales[:, None]).flatten()[: codes.numel()].view(shape)
+def unpack_M(codes, scales, shape):
+    return (codes / 127 * scales[:, None]).flatten()[: shape.numel()].view(shape)
 
 
 # %% Write these
-
-
-def pack(V: Tensor) -> tuple[Tensor, Tensor]:
+def pack(V):
     """codes (as many as V has numbers, uint8) and scales (one for each block of 256, float32)."""
     raise NotImplementedError
 
 
-def unpack(codes: Tensor, scales: Tensor, shape: torch.Size) -> Tensor:
+def unpack(codes, scales, shape):
     """V of this shape."""
     raise NotImplementedError
 
 
 # %% Look at it
-
 if __name__ == "__main__":
     V = torch.tensor([4.0, 1.0, 0.04, 1e-4, 1e-12, 0.0])
     print("V:   ", V, "\nback:", unpack(*pack(V), V.shape))

@@ -20,30 +20,20 @@ Then doubt it. Nobody knows all the answers:
     3. The paper compares two runs; here it is one run, seen twice. Which is the harder test? Do the other.
     4. How much of rho is between matrices, how much within one? Compute the second, and the same with columns shuffled.
     5. Is it φ that is alike, or only ‖R‖ and ‖G‖, by which both are divided?
-
-    python course/check.py 10
 """
 
 import torch
-from torch import Tensor
+
 
 # %% Write this
-
-
-def similarity(low: Tensor, full: Tensor) -> tuple[float, float]:
+def similarity(low, full):
     """rho and level of two vectors φ (k,)."""
     raise NotImplementedError
 
 
-# %% Look at it: run this cell after the check has passed. `phis` gives low and full, (matrices, columns), by step
-
+# %% Look at it, after the check has passed: `python -m course.ex10_similarity`
 if __name__ == "__main__":
-    import sys
-    from pathlib import Path
+    from course.training import phis
 
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from course.short_run import phis
-
-    for step, pairs in phis(steps=(5, 10, 20, 21, 30, 40)).items():
-        columns = [torch.cat([pair[i] for pair in pairs]) for i in (0, 1)]
-        print(f"step {step}: over columns rho {similarity(*columns)[0]:.3f}, level {similarity(*columns)[1]:.3f}")
+    for step, low, full in phis(steps=(5, 10, 20, 21, 30, 40)):  # each a list with a vector for each matrix
+        print(f"step {step}: rho and level over columns", similarity(torch.cat(low), torch.cat(full)))

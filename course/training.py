@@ -1,157 +1,134 @@
-"""--train: a student's function in a real run of 150 steps, its loss drawn over ours."""
+"""Small runs: --train, 150 steps with a student's function, and short ones for exercise 10 and the pictures."""
 
-import json
 import math
 import os
-from dataclasses import asdict
+import sysconfig
 from pathlib import Path
 
 import torch
 
-import fira
-import prepare_data
 import train
-from fira import Fira, oriented
-from prepare_data import InputError
+from fira import Fira, oriented, param_groups
+from model import ModelConfig, Transformer
 
-ROOT, OUT = Path(__file__).resolve().parent.parent, "out/course"
-
-
-def galore(its) -> type[Fira]:
-    class Variant(Fira):  # exercise 2 in the place of a whole step
-        def update_matrix(self, p, group):
-            state = self.state[p]
-            state["step"] += 1
-            W, G = oriented(p, group["proj_type"]), oriented(p.grad, group["proj_type"])
-            M, V, (beta1, beta2) = state["exp_avg"], state["exp_avg_sq"], group["betas"]
-            options = {"lr": group["lr"], "alpha": group["alpha"], "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
-            W_new, M_new, V_new = its.galore_step(W, G, state["projection"], M, V, state["step"], **options)
-            W.copy_(W_new), M.copy_(M_new), V.copy_(V_new)
-
-    return Variant
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def by_the_book(scaling, limit) -> type[Fira]:
-    """Fira with S written out, so that φ and the limiter can be anybody's."""
-
-    def update(W, G, P, R, N, prev_norm, step_size, **options):
-        S = scaling(N, R) * (G - P @ R)
-        S, kept = limit(S, prev_norm.item() if prev_norm.isfinite() else None, options["gamma"])
-        prev_norm.fill_(math.inf if kept is None else kept)
-        W.sub_(step_size * (options["alpha"] * P @ N + S))
-        return {}
-
-    class Variant(Fira):
-        def update_matrix(self, p, group):
-            ours, fira.fira_update = fira.fira_update, update
-            super().update_matrix(p, group)
-            fira.fira_update = ours
-
-    return Variant
+class GaLore(Fira):
+    def update_matrix(self, p, group):  # exercise 2 is a whole step
+        state, W, G = self.state[p], oriented(p, group["proj_type"]), oriented(p.grad, group["proj_type"])
+        state["step"] += 1
+        P, M, V = state["projection"], state["exp_avg"], state["exp_avg_sq"]
+        options = group["lr"], group["alpha"], *group["betas"], group["eps"]
+        for old, new in zip((W, M, V), self.its.galore_step(W, G, P, M, V, state["step"], *options)):
+            old.copy_(new)
 
 
-def usual_scaling(N, R):
-    return N.norm(dim=0) / (R.norm(dim=0) + 1e-8)
+class ByTheBook(Fira):
+    def update_matrix(self, p, group):  # S is written out, so that φ (exercise 4) and the limiter (5) can be yours
+        state, W, G = self.state[p], oriented(p, group["proj_type"]), oriented(p.grad, group["proj_type"])
+        state["step"] += 1
+        P, prev_norm = state["projection"], state["prev_norm"].item()
+        R = P.T @ G
+        N, c_t = self.inner(R, state, group)
+        phi = self.its.scaling(N, R) if hasattr(self.its, "scaling") else N.norm(dim=0) / (R.norm(dim=0) + 1e-8)
+        S, prev = phi * (G - P @ R), prev_norm if prev_norm < math.inf else None
+        S, norm = self.its.limit(S, prev, group["gamma"]) if hasattr(self.its, "limit") else self.limit(S, prev)
+        state["prev_norm"].fill_(math.inf if norm is None else norm)
+        W.sub_(group["lr"] * c_t * (group["alpha"] * P @ N + S))
+
+    def limit(self, S, prev_norm):
+        norm = S.norm().item()
+        factor = 1 if prev_norm is None else min(1, 1.01 * (prev_norm + 1e-8) / (norm + 1e-30))
+        return S * factor, norm * factor or prev_norm
 
 
-def usual_limit(S, prev_norm, gamma):
-    norm = S.norm().item()
-    factor = 1 if prev_norm is None else min(1, gamma * (prev_norm + 1e-8) / (norm + 1e-30))
-    return S * factor, norm * factor or prev_norm
+class EightBit(Fira):
+    def new_moments(self, R):
+        return self.packed(torch.zeros_like(R), torch.zeros_like(R))
+
+    def packed(self, M, V):
+        return dict(zip(("M", "M_scales", "V", "V_scales"), (*self.its.pack_M(M), *self.its.pack(V))))
+
+    def inner(self, R, state, group):  # M and V are whole in a step, and bytes between two (exercise 8)
+        M = self.its.unpack_M(state["M"], state["M_scales"], R.shape)
+        V = self.its.unpack(state["V"], state["V_scales"], R.shape)
+        N, c_t = super().inner(R, state | {"exp_avg": M, "exp_avg_sq": V}, group)
+        state.update(self.packed(M, V))
+        return N, c_t
 
 
-def eight_bits(its) -> type[Fira]:
-    class Variant(Fira):  # exercise 8: between two steps M and V are bytes
-        def new_moments(self, R):
-            (m, m_scales), (v, v_scales) = its.pack_M(torch.zeros_like(R)), its.pack(torch.zeros_like(R))
-            return {"m": m, "m_scales": m_scales, "v": v, "v_scales": v_scales}
+class RankEach(Fira):
+    def update(self):  # each matrix has its rank from its first gradient (exercise 9)
+        if not self.state:
+            matrices = [(p, group["rank"]) for group in self.param_groups if group["rank"] for p in group["params"]]
+            budget = sum(self.its.numbers(p.grad, rank) for p, rank in matrices)
+            ranks = self.its.ranks_within([p.grad for p, _ in matrices], budget)
+            self.ranks = {p: {"rank": rank} for (p, _), rank in zip(matrices, ranks)}
+            print("ranks", *ranks)
+        super().update()
 
-        def inner(self, R, state, group):
-            M = its.unpack_M(state["m"], state["m_scales"], R.shape)
-            V = its.unpack(state["v"], state["v_scales"], R.shape)
-            N, c_t = super().inner(R, state | {"exp_avg": M, "exp_avg_sq": V}, group)
-            (state["m"], state["m_scales"]), (state["v"], state["v_scales"]) = its.pack_M(M), its.pack(V)
-            return N, c_t
+    def new_state(self, p, group):
+        return super().new_state(p, group | self.ranks.get(p, {}))
 
-    return Variant
-
-
-def adaptive(its) -> type[Fira]:
-    class Variant(Fira):  # exercise 9: a rank for each matrix, from the first gradients
-        ranks = None
-
-        def ranked(self, p, group):
-            if self.ranks is None:
-                ps = [q for g in self.param_groups if g["rank"] for q in g["params"]]
-                Gs = [q.grad for q in ps]
-                budget = sum(its.numbers(G, group["rank"]) for G in Gs)
-                self.ranks = dict(zip(ps, its.ranks_within(Gs, budget)))
-                print("ranks", *self.ranks.values())
-            return group | {"rank": self.ranks[p]} if group["rank"] else group
-
-        def new_state(self, p, group):
-            return super().new_state(p, self.ranked(p, group))
-
-        def change_subspaces(self, due):
-            super().change_subspaces([(p, self.ranked(p, group)) for p, group in due])
-
-    return Variant
+    def change_subspaces(self, due):
+        super().change_subspaces([(p, group | self.ranks[p]) for p, group in due])
 
 
-VARIANTS = {  # of each exercise: what its function is compared with, and the optimizer it is put into
-    2: ("galore", galore),
-    4: ("fira", lambda its: by_the_book(its.scaling, usual_limit)),
-    5: ("fira", lambda its: by_the_book(usual_scaling, its.limit)),
-    8: ("fira", eight_bits),
-    9: ("fira", adaptive),
-}
+PLACES = {2: GaLore, 4: ByTheBook, 5: ByTheBook, 8: EightBit, 9: RankEach}  # of each exercise's functions
 
 
 def train_with(number: int, its) -> None:
-    """150 steps with the student's function, and the baseline, unless this machine has it already; then the picture."""
-    if number not in VARIANTS:
-        raise InputError(f"there is nothing to train in exercise {number}; --train is for 2, 4, 5, 8 and 9")
-    optimizer, variant = VARIANTS[number]
-    ours, yours = run(optimizer), run(optimizer, name=f"ex{number:02}", variant=variant(its))
-    curves = {f"ours: {optimizer}": ours, f"yours: exercise {number}": yours}
-    for label, log in curves.items():
-        print(f"{label:24} validation loss after 150 steps: {log[-1]['val_loss']:.4f}")
-    draw(curves, Path(OUT) / f"ex{number:02}.png")
+    """150 steps with the student's functions and 150 of ours, then the table and the picture."""
+    yours, optimizer = type("Yours", (PLACES[number],), {"its": its}), "galore" if number == 2 else "fira"
+    train.compare([run(optimizer), run(optimizer, 0, f"yours-{number}", yours)])
+    print("Do you see one curve only? Then yours lies on ours.")
 
 
-def run(optimizer: str, seed: int = 0, name: str | None = None, variant: type[Fira] | None = None) -> list[dict]:
-    """The log of 150 steps; a run without a variant that this machine has finished is not made again."""
+def run(optimizer: str, seed: int = 0, name: str | None = None, variant: type[Fira] | None = None) -> Path:
+    """Train 150 steps, unless it is a run of ours that out/course has from another time. Returns the run's folder."""
     os.chdir(ROOT)  # data/ and out/ are there
-    name, data = name or optimizer + f"-seed{seed}" * (seed > 0), prepare_data.ensure("stdlib")
-    options = {"data": data, "steps": 150, "eval_interval": 50, "seed": seed, "out": OUT, "name": name}
-    config = train.Config(optimizer, variant=variant and name, **options).resolve()
-    if variant or not finished(config):
-        train.load_variant = lambda _: variant
-        train.train(config, [], None)
-    return [json.loads(line) for line in (config.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    paper = {} if optimizer == "adamw" else {"lr": 0.01, "alpha": 0.25}
+    options = {"steps": 150, "eval_interval": 50, "name": f"course/{name or f'ours-{optimizer}-{seed}'}"}
+    config = train.Config(optimizer, seed=seed, **options, **paper).resolve()
+    if variant or not (config.folder / "sample.txt").exists():
+        train.Fira = variant or Fira
+        train.train(config)
+    return config.folder
 
 
-def finished(config: train.Config) -> bool:
-    """Is there a run with this very configuration that came to its end?"""
-    try:
-        stored = json.loads((config.folder / "config.json").read_text(encoding="utf-8"))
-    except OSError:
-        return False
-    return stored == json.loads(json.dumps(asdict(config))) and (config.folder / "result.json").exists()
+class Shadowed(Fira):
+    """Fira that also keeps Adam's moments of the full gradient: beside `phi`, `seen` then has their `phi_full`."""
+
+    def update_matrix(self, p, group):
+        G, state = oriented(p.grad, group["proj_type"]).clone(), self.state[p]
+        super().update_matrix(p, group)
+        shadow = state.setdefault("shadow", {"step": 0} | self.new_moments(G))
+        shadow["step"] += 1
+        N, _ = self.inner(G, shadow, group)
+        self.seen[p]["phi_full"] = N.norm(dim=0) / (G.norm(dim=0) + 1e-8)
 
 
-def draw(curves: dict[str, list[dict]], path: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print("no picture without matplotlib: pip install matplotlib")
-    axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).add_subplot(
-        xlabel="step", ylabel="loss, nats a byte"
-    )
-    for (label, log), style in zip(curves.items(), ("C7-", "C1--")):
-        axes.plot([e["step"] for e in log], [e["loss"] for e in log], style, alpha=0.35)
-        seen = [e for e in log if "val_loss" in e]
-        axes.plot([e["step"] for e in seen], [e["val_loss"] for e in seen], style, marker=".", label=label)
-    axes.legend(title="validation (pale: training)")
-    figure.savefig(path, dpi=120)
-    print(f"wrote {path}")
+def short_run(optimizer_class=Fira, last=60, before_step=lambda step, optimizer: None, **options):
+    """Train a nano model and yield (step, optimizer, model) after each step, its gradients still there."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    text = torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)[: 2**20]), dtype=torch.uint8).long()
+    torch.manual_seed(0)
+    model, generator = Transformer(ModelConfig.preset("nano", 257, 64)), torch.Generator().manual_seed(0)
+    optimizer = optimizer_class(param_groups(model, rank=32, **options))
+    for step in range(1, last + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * min(1, step / 10)
+        w = text[torch.randint(len(text) - 65, (16, 1), generator=generator) + torch.arange(65)]  # (16, 65)
+        optimizer.zero_grad()
+        model(w[:, :-1], w[:, 1:]).backward()
+        before_step(step, optimizer)
+        optimizer.step()
+        yield step, optimizer, model
+
+
+def phis(steps=(20, 21)):
+    """Yield step, φ low and φ full, each a list with a vector for each matrix. The subspace changes after step 20."""
+    for step, optimizer, _ in short_run(Shadowed, max(steps), update_proj_gap=20):
+        if step in steps:
+            yield step, *([seen[key] for seen in optimizer.seen.values()] for key in ("phi", "phi_full"))
