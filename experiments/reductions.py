@@ -119,21 +119,20 @@ BASES = {"variant-two_sided": "galore", "variant-stochastic_rounding": "default-
 
 
 def variants(runs: list[str], seeds: list[int]) -> str:
-    """A row for each run beside its base: loss, bytes of the state, median time of a step, paired difference."""
-    head = "| run | beside | validation loss | difference | state bytes | of its base's | step time, of its base's | seeds |"
-    lines = [head, "| --- " * 8 + "|"]
+    """A row for each run beside its base: loss, paired difference, bytes of the state. Times: `variant_steps.py`."""
+    head = "| run | beside | validation loss | difference | state bytes | of its base's | seeds |"
+    lines = [head, "| --- " * 7 + "|"]
     for run in runs:
         base = BASES.get(run, "default")
         pairs = {seed: (load(run, seed), load(base, seed)) for seed in seeds if load(run, seed) and load(base, seed)}
         if not pairs:
-            lines.append(f"| {run} | {base} | not run | | | | | |")
+            lines.append(f"| {run} | {base} | not run | | | | |")
             continue
         mean, half = interval([a["val_loss"] - b["val_loss"] for a, b in pairs.values()])
-        times = statistics.median(a["ms_per_step"] / b["ms_per_step"] for a, b in pairs.values())
         ours, theirs = (max(pair[i]["state_bytes"] for pair in pairs.values()) for i in (0, 1))
         loss = statistics.mean(a["val_loss"] for a, _ in pairs.values())
         difference = f"{mean:+.4f}" + f" ± {half:.4f}" * math.isfinite(half) if run != base else ""
-        cells = [run, base, f"{loss:.4f}", difference, f"{ours:,}", f"{ours / theirs:.2f}", f"{times:.2f}"]
+        cells = [run, base, f"{loss:.4f}", difference, f"{ours:,}", f"{ours / theirs:.2f}"]
         lines.append(f"| {' | '.join(cells)} | {' '.join(map(str, pairs))} |")
     return "\n".join(lines)
 

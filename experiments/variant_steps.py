@@ -1,0 +1,54 @@
+"""The time of a step of each file in variants/, beside Fira's in the same process: `python -m experiments.variant_steps`.
+
+The weights are the default model's with random gradients, on one thread, rank 32 and T 100. The optimizers take turns of
+ten steps, 210 each; a ratio is of their medians by turn. `mean` is over all steps, with the changes of the subspace.
+"""
+
+import runpy
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from fira import Fira, param_groups
+from model import ModelConfig, Transformer
+
+
+def classes() -> dict[str, type[Fira]]:
+    found = {"Fira": Fira}
+    for path in sorted(Path("variants").glob("*.py")):
+        values = [x for x in runpy.run_path(str(path), run_name="variant").values() if isinstance(x, type)]
+        found[path.name] = next(x for x in values if issubclass(x, Fira) and x.__module__ == "variant")
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    optimizers, times = {}, {}
+    for name, cls in classes().items():
+        torch.manual_seed(0)
+        model = Transformer(ModelConfig.preset("nano", 257, 128))
+        if name == "stochastic_rounding.py":
+            model.to(torch.bfloat16)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        scaling = None if name == "two_sided.py" else "column"
+        options = {"rank": 32, "update_proj_gap": 100, "scaling": scaling}
+        optimizers[name], times[name] = cls(param_groups(model, **options), lr=1e-4), []
+    for _ in range(21):
+        for name, optimizer in optimizers.items():
+            begun = time.perf_counter()
+            for _ in range(10):
+                optimizer.step()
+            times[name].append((time.perf_counter() - begun) / 10)
+    print(f"{'':24} {'ms':>6} {'of Fira':>8} {'mean':>8} {'of Fira':>8}")
+    for name, taken in times.items():
+        del taken[0]  # the first choice of the subspaces
+        row = [f(taken) / f(times["Fira"]) for f in (statistics.median, statistics.mean)]
+        median, mean = 1000 * statistics.median(taken), 1000 * statistics.mean(taken)
+        print(f"{name:24} {median:6.1f} {row[0]:8.2f} {mean:8.1f} {row[1]:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
