@@ -292,7 +292,7 @@ def test_resume_sample_and_export_take_a_name_or_a_folder(capsys):
 def test_compare_shows_what_differs_and_trains_nothing(capsys, monkeypatch):
     runs(*SMALL, "--name", "a")
     runs(*SMALL, "--name", "b", "--lr", 0.03)
-    runs(*SMALL, "--name", "c", "--optimizer", "galore", "--rank", 4)
+    runs(*SMALL, "--name", "c", "--optimizer", "galore", "--lr", 0.02, "--rank", 4)
     capsys.readouterr()
     monkeypatch.setattr(train, "train", None)
     runs("--compare", "a", "out/b")
