@@ -1,6 +1,6 @@
-"""The time of a step of each file in variants/, beside Fira's in the same process: `python -m experiments.variant_steps`.
+"""The time of a step of each file in variants/, beside Fira in the same process: `python -m experiments.variant_steps`.
 
-The weights are the default model's with random gradients, on one thread, rank 32 and T 100. The optimizers take turns of
+The weights are the default model's with random gradients, one thread, rank 32, T 100. The optimizers take turns of
 ten steps, 210 each; a ratio is of their medians by turn. `mean` is over all steps, with the changes of the subspace.
 """
 
