@@ -123,5 +123,7 @@ def write(path: Path) -> None:
     for file in sorted(path.with_name("results").glob("*.txt")) + sorted(path.with_name("results").glob("*.md")):
         text = file.read_text(encoding="utf-8").rstrip()
         sections.append(f"## {file.stem}\n\n" + (text if file.suffix == ".md" else f"```text\n{text}\n```") + "\n")
+    pictures = [f"![{picture.stem}](../assets/{picture.name})" for picture in sorted(Path("assets").glob("*.png"))]
+    sections.append("## Pictures\n\n`python -m experiments.figures`\n\n" + "\n\n".join(pictures) + "\n")
     path.write_text("\n".join([head, "\n\n".join(notes) + "\n", *sections]), encoding="utf-8")
     print(f"wrote {path}")
