@@ -9,7 +9,8 @@ lets its norm grow by at most the factor γ = 1.01 in a step. It may shrink as i
 
     - Which norm is kept for the next step: that of S before, or after it was limited?
     - There was no step before (`prev_norm` is None). What may S be?
-    - A gradient of zeros: S = 0. What is kept? (From 0 to 1 the way is long, in spite of the 1e-8. How many steps?)
+    - A gradient of zeros: S = 0. What is kept? (From 0 to 1 the way is long, though
+      1e-8 is added in every step. Hundreds of steps, or thousands?)
 
 Then make the limiter work: `spike` multiplies what P cannot see of G by a factor, and leaves PᵀG as it is.
 

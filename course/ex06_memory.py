@@ -7,9 +7,9 @@ projects the short side, whichever it is; with m ≤ n and r < m it keeps
 
 At r = m nothing would lie outside the subspace: P = I and is not stored, so there are M, V and the one number.
 
-Write the count for any m, n and r. Then: at which rank does Fira keep as many numbers as Adam? Set both equal, without
-the one number, and solve for r. Return the fraction as it comes, not rounded: the whole ranks below it save memory, the
-whole ranks above it do not.
+Write the count for any m, n and r; a rank above the short side counts as the short side. Then: at which rank does Fira
+keep as many numbers as Adam? Set both equal, without the one number, and solve for r. Return that rank unrounded, 40.6
+and not 40: the whole ranks below it save memory, the whole ranks above it do not.
 
 Before you write: for a square matrix, is that rank a quarter, a half, or two thirds of the side?
 
@@ -29,7 +29,7 @@ def state_numbers(m, n, r):
 
 
 def break_even(m, n):
-    """The rank, a fraction, at which Fira keeps as many numbers as Adam, the one of the limiter not counted."""
+    """The rank, not rounded, at which Fira keeps as many numbers as Adam, the one of the limiter not counted."""
     raise NotImplementedError
 
 
