@@ -413,10 +413,8 @@ def main() -> None:
             return export(model, target, source[3:] if source.startswith("hf:") else None, tokenizer.end_of_text)
         if WORLD > 1:
             torch.distributed.init_process_group()
-        for number in (
-            signal.SIGINT,
-            signal.SIGTERM,
-        ):  # the loop ends after the step at hand; a second one ends at once
+        # At a signal the loop ends after the step at hand; a second one ends at once.
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: STOP.append(number) or signal.signal(number, signal.SIG_DFL))
         for config, given in zip(configs, flags):
             try:
@@ -424,8 +422,8 @@ def main() -> None:
                     config, checkpoint = read_run(config, given)
                 else:  # an earlier run stays as it is
                     names, checkpoint = [config.name, *(f"{config.name}-{n}" for n in range(2, 10_000))], None
-                    runs = (replace(config, name=name) for name in names)
-                    config = next(run for run in runs if not (run.folder / "ckpt.pt").exists())
+                    renamed = (replace(config, name=name) for name in names)
+                    config = next(new for new in renamed if not (new.folder / "ckpt.pt").exists())
                 train(config, checkpoint)
                 done.append(config.folder)
             except Exception as error:

@@ -1,8 +1,5 @@
-"""What decides a run's numbers, as one hash: the syntax trees of the code without comments, docstrings and annotations.
-
-python -m experiments.arithmetic            # the present hash
-python -m experiments.arithmetic --variant variants/rotate.py
-"""
+"""The stored runs, and what decides a run's numbers as one hash: the code's syntax trees without comments, docstrings
+and annotations."""
 
 import ast
 import hashlib
