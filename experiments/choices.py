@@ -14,8 +14,9 @@ def marks(used: list[dict]) -> str:
 
 def choice(claim: str, method: str) -> str:
     """What seed 0 found in a method's grid, as a table of α (if it varies) by learning rate."""
-    runs = {run: dict(re.findall(r"(lr|alpha|adagrad)[ =](\S+)", RUNS[run])) for run in GRIDS[claim][method]}
-    values = {key: sorted({float(s[key]) for s in runs.values() if key in s}) for key in ("alpha", "adagrad", "lr")}
+    flags = {run: re.sub(r"inside=\w+,", "factor ", RUNS[run]) for run in GRIDS[claim][method]}
+    runs = {run: dict(re.findall(r"(lr|alpha|factor) (\S+)", words)) for run, words in flags.items()}
+    values = {key: sorted({float(s[key]) for s in runs.values() if key in s}) for key in ("alpha", "factor", "lr")}
     first, second = [*(key for key in values if len(values[key]) > 1), "lr", "lr"][:2]
     found = {(float(s.get(first, 0)), float(s[second])): load(run, 0) for run, s in runs.items()}
     done = [result for result in found.values() if result]

@@ -71,6 +71,11 @@ RUNS = {
         for s in NOISES
         for k, v in {"adamw": ADAMW, "only": ONLY}.items()
     },
+    **{
+        f"spiked-{k}": f"spike=200 --steps 750 {v}{DEFAULT}"
+        for k, v in {"fira": "", "no-limiter": "--gamma inf ", "spam": "--variant variants/spam.py "}.items()
+    },
+    "short-fira": f"--steps 750 {DEFAULT}",
     "default-bf16": f"{DEFAULT} --precision bf16",
     **{
         f"variant-{path.stem}": f"--variant {path.as_posix()} {DEFAULT}"
@@ -110,12 +115,21 @@ GRIDS = {
         for m, values in TUNED.items()
     },
     "T17": {  # the factor is of the matrices' learning rate: embeddings and head stay AdamW at lr 0.01
-        m: rates(f"adagrad-{m}-", "adagrad={} " + flags, ("0.3", "1", "3", "10"))
+        m: rates(f"adagrad-{m}-", "inside=adagrad,{} " + flags, ("0.3", "1", "3", "10"))
         for m, flags in (
             ("fira", FIRA),
             ("galore", f"--optimizer galore {FIRA}"),
             ("full", "--lr 0.01 --alpha 1 --rank 128"),
         )
+    },
+    "kinds": {
+        kind: rates(f"inner-{kind}-", f"inside={kind}," + "{} --steps 750 " + DEFAULT, factors)
+        for kind, factors in {
+            "momentum": ("3", "10", "30", "100"),
+            "adagrad": ("1", "3", "10"),
+            "rmsprop": ("0.1", "0.3", "1"),
+            "lion": ("0.03", "0.1", "0.3"),
+        }.items()
     },
     "F12": {"sgd": rates("sgd-lr", "sgd --optimizer adamw --lr {}", ("0.1", "0.3", "1", "3"))},
 }

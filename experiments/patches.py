@@ -3,6 +3,7 @@
 python -m experiments.patches noise=0.1 --optimizer adamw --steps 750 --name noisy
 """
 
+import itertools
 import math
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import fira
 import train
 from experiments.similarity import Recorder
 from fira import Fira
+from variants.inner import Inner
 
 
 def every_step() -> None:
@@ -33,23 +35,32 @@ def record() -> None:
     train.train = recording
 
 
+def before_each_step(change) -> None:
+    """Call `change(parameter groups, step)` before each step of the optimizer, whose first group holds the matrices."""
+    build, steps = train.build, itertools.count(1)
+
+    def changed(*args):
+        model, optimizer = build(*args)
+        optimizer.register_step_pre_hook(lambda optimizer, *_: change(optimizer.param_groups, next(steps)))
+        return model, optimizer
+
+    train.build = changed
+
+
 def noise(size: str, blocks: bool = False) -> None:
     """Add Gaussian noise to each gradient: `size` of the RMS over all gradients in the first step."""
+    generator, sigma = torch.Generator().manual_seed(0), 0.0
 
-    class Noisy(Fira):
-        def step(self, closure=None):
-            groups = self.param_groups[:1] if blocks else self.param_groups
-            gradients = [p.grad for group in groups for p in group["params"]]
-            if not hasattr(self, "generator"):
-                self.generator = torch.Generator().manual_seed(0)
-                rms = torch.cat([g.flatten() for g in gradients]).square().mean().sqrt().item()
-                self.sigma = float(size) * rms
-                print(f"noise      {self.sigma:.3g}")
-            for g in gradients:
-                g.add_(torch.randn(g.shape, generator=self.generator), alpha=self.sigma)
-            return super().step(closure)
+    def add_noise(groups, step):
+        nonlocal sigma
+        gradients = [p.grad for group in groups[: 1 if blocks else None] for p in group["params"]]
+        if step == 1:
+            sigma = float(size) * torch.cat([g.flatten() for g in gradients]).square().mean().sqrt().item()
+            print(f"noise      {sigma:.3g}")
+        for g in gradients:
+            g.add_(torch.randn(g.shape, generator=generator), alpha=sigma)
 
-    train.Fira = Noisy
+    before_each_step(add_noise)
 
 
 def noise_blocks(size: str) -> None:
@@ -57,22 +68,25 @@ def noise_blocks(size: str) -> None:
     noise(size, blocks=True)
 
 
-def adagrad(factor: str) -> None:
-    """Adagrad inside the subspace, V = Σ R² and N = R / √V; the matrices' learning rate times `factor`."""
+def inside(kind: str, factor: str) -> None:
+    """An optimizer of `variants/inner.py` inside the subspace; the matrices' learning rate times `factor`."""
 
-    class Adagrad(Fira):
+    class Scaled(Inner):
         def __init__(self, params, lr, **options):
             params[0]["lr"] = lr * float(factor)
-            super().__init__(params, lr, **options)
+            super().__init__(params, lr, kind=kind, **options)
 
-        def inner(self, R, state, group):
-            state["sum_sq"].addcmul_(R, R)
-            return R / state["sum_sq"].sqrt().add_(group["eps"]), 1.0
+    train.Fira = Scaled
 
-        def new_moments(self, R):
-            return {"sum_sq": torch.zeros_like(R)}
 
-    train.Fira = Adagrad
+def spike(when: str) -> None:
+    """Multiply the gradients of the matrices by 1,000 in that step."""
+
+    def plant(groups, step):
+        for p in groups[0]["params"]:
+            p.grad.mul_(1000 if step == int(when) else 1)
+
+    before_each_step(plant)
 
 
 def sgd() -> None:
@@ -121,12 +135,12 @@ def prepare_finetuning(out: Path, steps: int) -> None:
         subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
 
 
-CHANGES = {f.__name__: f for f in (every_step, record, noise, noise_blocks, adagrad, sgd, shrink, finetune)}
+CHANGES = {f.__name__: f for f in (every_step, record, noise, noise_blocks, inside, spike, sgd, shrink, finetune)}
 
 
 def main() -> None:
     while len(sys.argv) > 1 and (name := (word := sys.argv[1]).split("=")[0]) in CHANGES:
-        CHANGES[name](*word.split("=")[1:])
+        CHANGES[name](*word.partition("=")[2].split(",")) if "=" in word else CHANGES[name]()
         del sys.argv[1]
     train.main()
 

@@ -57,12 +57,14 @@ def code_hash(flags: str = "") -> str:
         id(t): getattr(n, "name", None) or getattr(t, "id", None) for n in body for t in getattr(n, "targets", [n])
     }
     trees["train.py"].body = [n for n in body if any(named[id(t)] in ONLY for t in getattr(n, "targets", [n]))]
-    if "--variant" in words:
-        trees["variant"] = ast.parse(Path(words[words.index("--variant") + 1]).read_text(encoding="utf-8"))
     patches = {word.split("=")[0] for word in words if word[0] != "-"} - {"record", "every_step"}  # which only look
+    if "--variant" in words or "inside" in patches:
+        variant = words[words.index("--variant") + 1] if "--variant" in words else "variants/inner.py"
+        trees["variant"] = ast.parse(Path(variant).read_text(encoding="utf-8"))
     changes = ast.parse((Path(__file__).parent / "patches.py").read_text(encoding="utf-8"))
+    used = patches | {"before_each_step"} if patches & {"noise", "noise_blocks", "spike"} else patches
     trees["patches"] = ast.Module(
-        [n for n in changes.body if any(word.startswith(getattr(n, "name", "-")) for word in patches)], []
+        [n for n in changes.body if any(word.startswith(getattr(n, "name", "-")) for word in used)], []
     )
     text = "\n".join(ast.unparse(ast.fix_missing_locations(Arithmetic().visit(tree))) for tree in trees.values())
     return hashlib.sha256(text.encode()).hexdigest()[:12]
