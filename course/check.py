@@ -51,7 +51,8 @@ def told(error: BaseException, number: int, path: Path) -> str:
     if type(error).__name__ == "Fault":
         return str(error)
     if isinstance(error, NotImplementedError):
-        return f"write {' and '.join(names)}: line {line} of {path.name} is still to do"
+        todo = names[names.index(frames[-1].name) :] if frames[-1].name in names else names
+        return f"write {' and '.join(todo)}: line {line} of {path.name} is still to do"
     if line:
         return f"{path.name}, line {line}: {reason}: what did you expect there?"
     return f"{reason}, with what {' or '.join(names)} returned: is it what the text asks for?"

@@ -13,7 +13,7 @@ def check_1(project):
     for m, n, kind in ((6, 10, "wide"), (10, 6, "tall"), (6, 6, "square")):
         G, where = randn(m, n, seed=m), f"for a {kind} G ({m}×{n}) and r = 3"
         P, R = project(G, 3)
-        must(P.shape == (6, 3), f"{where} P is {tuple(P.shape)}, should be (6, 3): which side is the short one?")
+        must(P.shape == (6, 3), f"{where} P is {tuple(P.shape)}, should be (6, 3): which side is short? Is P first?")
         shape = (10, 3) if kind == "tall" else (3, n)
         must(
             R.shape == shape, f"{where} R is {tuple(R.shape)}, should be {shape}: on which side of it is P? Is it P R?"
@@ -78,11 +78,14 @@ def check_3(fused_step, counterexample):
     must(most < m * n, f"a new tensor of {most} numbers was made, as W has {m * n}: which line makes it?")
     yield f"{found}, new tensors of at most {most} numbers (W: {m * n})"
     Q, R, rows = (x.double() for x in counterexample())
+    shapes = f"P, R and rows are {tuple(Q.shape)}, {tuple(R.shape)} and {tuple(rows.shape)}"
+    fit = (Q.ndim, R.ndim, rows.ndim) == (2, 2, 1) and Q.shape == (len(rows), len(R))
+    must(fit, f"{shapes}, should be (m, r), (r, n) and (m,): which sides must be equal?")
     same(Q.T @ Q, torch.eye(Q.shape[1]).double(), "PᵀP of your P", "are its columns orthonormal?", limit=1e-6)
     left = (rows[:, None] * (Q @ R)).flatten()
     terms = torch.stack([torch.outer(Q[:, k], R[k]).flatten() for k in range(Q.shape[1])], 1)  # of P (b∘R)
     gap = (left - terms @ (torch.linalg.pinv(terms) @ left)).norm()
-    must(gap > 1e-6, f"P(b∘R) can be your rows∘(PR), up to {gap:.0e}: do the columns of rows∘(PR) leave the span of P?")
+    must(gap > 1e-6, "some b gives P(b∘R) = rows∘(PR) for yours: which column of rows∘(PR) leaves the span of P?")
     P, X, rows = basis(m, r, seed=3), randn(r, n, seed=6), randn(m, 1, seed=6)
     left = rows * (P @ X)
     yield f"a φ for each column: φ∘(PX) and P(φ∘X) differ by {(phi * (P @ X) - P @ (phi * X)).abs().max():.0e}"
@@ -126,6 +129,8 @@ def check_5(limit, spike):
         (None, 0.0, 1.01, 0.0, None, "what may ‖S‖ be in the second step?"),
     ):
         new, kept = limit(norm * S, prev, gamma)
+        numbers = 1 if kept is None else torch.as_tensor(kept).numel()
+        must(numbers == 1, f"{numbers} numbers were stored, should be one for the matrix: what is ‖S‖ the norm of?")
         came = f"‖S_prev‖ {prev}, ‖S‖ {norm}, γ {gamma}: S came out with norm {new.norm():.3g}, and {kept} was stored"
         right = off(new, out * S) < 1e-6 and (kept is None if store is None else kept and abs(kept - store) < 1e-6)
         if store == 1.01 and abs(new.norm() - 1.01) > 1e-6:

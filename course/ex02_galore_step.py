@@ -32,5 +32,5 @@ if __name__ == "__main__":
     target, P = torch.randn(8, 12), torch.eye(8)[:, :3]
     W, M, V = torch.zeros(8, 12), torch.zeros(3, 12), torch.zeros(3, 12)
     for t in range(1, 301):
-        W, M, V = galore_step(W, W - target, P, M, V, t, lr=0.05)
+        W, M, V = galore_step(W, W - target, P, M, V, t, lr=0.1)
     print("distance of each row:", (W - target).norm(dim=1))

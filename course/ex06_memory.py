@@ -33,7 +33,7 @@ def break_even(m, n):
     raise NotImplementedError
 
 
-# %% Measure it: Fira's peak at a rank, or Adam's. If it grows by more than the state: what is it for?
+# %% Measure it: Fira's peak at a rank, or Adam's
 if __name__ == "__main__":
     try:
         import resource
@@ -51,4 +51,6 @@ if __name__ == "__main__":
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6)
         optimizer.step()
     who = f"Fira, rank {rank}" if rank else "Adam"
+    held = [x.numel() * 4 / 1e6 for w in weights for x in optimizer.state[w].values() if isinstance(x, torch.Tensor)]
     print(f"{who}: in three steps the peak grew by {peaks[3] - peaks[0]:.0f} MB, from {peaks[0]:.0f} MB")
+    print(f"the state holds {sum(held):.0f} MB: if the peak grew by more, what else was there for a moment?")
