@@ -41,6 +41,8 @@ def losses():
     }
     for i, (name, found) in enumerate(names.items()):
         if found:
+            most = max(len(result["evaluations"]) for result in found)
+            found = [result for result in found if len(result["evaluations"]) == most]
             steps = [step for step, _ in found[0]["evaluations"]]
             values = np.array([[loss for _, loss in result["evaluations"]] for result in found])
             setting = {key: found[0]["config"][key] for key in ("lr", "alpha")[: 1 if name in ("AdamW", "LoRA") else 2]}

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import fira
-from experiments import choices, claims, paper, reductions, report, similarity, stored
+import train
+from experiments import choices, claims, paper, patches, reductions, report, similarity, stored
 from experiments.coefficients import cosine, kendall, pearson, spearman
 from experiments.memory import state_bytes
 from model import ModelConfig, Transformer
@@ -144,6 +145,43 @@ def test_similarity_of_a_run_with_itself_and_the_level_where_all_entries_have_on
     figures = similarity.reduce(*2 * [{"norms": np.stack(norms, 1), "shapes": np.array([[8, 32, 16]] * 28)}])
     assert [figures[k] for k in ("column cosine", "within R, full", "matrix Kendall")] == pytest.approx([1, 1, 1])
     assert figures["level R/X"] == pytest.approx(figures["level R/X, one size"])
+
+
+def gradients_seen(monkeypatch, change, *words, steps=3):
+    """What the step of a Fira sees of gradients of ones, of a matrix and of a vector, with a change of patches.py."""
+    matrix, vector = (torch.nn.Parameter(torch.zeros(*shape)) for shape in ((8, 12), (3,)))
+    optimizer, seen = fira.Fira([{"params": [matrix], "rank": 4}, {"params": [vector]}]), []
+    monkeypatch.setattr(train, "build", lambda *args: (None, optimizer))
+    change(*words)
+    assert train.build() == (None, optimizer)
+    for _ in range(steps):
+        matrix.grad, vector.grad = torch.ones(8, 12), torch.ones(3)
+        optimizer.step()
+        seen.append([matrix.grad.clone(), vector.grad.clone()])
+    return seen
+
+
+def test_a_spike_is_planted_in_one_step_and_in_the_matrices_only(monkeypatch):
+    seen = gradients_seen(monkeypatch, patches.spike, "2")
+    assert [[x.unique().item() for x in pair] for pair in seen] == [[1, 1], [1000, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("change, of_vector", [(patches.noise, True), (patches.noise_blocks, False)])
+def test_noise_has_the_size_asked_for_and_is_new_in_each_step(change, of_vector, monkeypatch):
+    seen = gradients_seen(monkeypatch, change, "0.5", steps=30)
+    noise = torch.stack([matrix - 1 for matrix, _ in seen])
+    assert noise.std() == pytest.approx(0.5, rel=0.05)
+    assert not torch.equal(noise[0], noise[1])
+    assert all(bool((vector != 1).any()) == of_vector for _, vector in seen)
+
+
+def test_inside_takes_the_kind_and_the_rate_of_the_matrices(monkeypatch):
+    monkeypatch.setattr(train, "Fira", fira.Fira)
+    patches.inside("lion", "0.3")
+    matrix, vector = (torch.nn.Parameter(torch.zeros(*shape)) for shape in ((8, 12), (3,)))
+    optimizer = train.Fira([{"params": [matrix], "rank": 4}, {"params": [vector]}], lr=0.02)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.3 * 0.02, 0.02]
+    assert optimizer.defaults["kind"] == "lion"
 
 
 @pytest.mark.parametrize("rank", [None, 16, 128])
