@@ -20,12 +20,13 @@ def check_6(state_numbers, break_even):
     yield f"as many as Fira holds, tall ones and r = m too; at 512×512 and r = 128 {state_numbers(512, 512, 128):,}"
     for m, n in ((512, 512), (512, 1376), (1376, 512)):
         r, adam = break_even(m, n), 2 * m * n
-        came, error = f"{m}×{n}: at rank {r:.1f} P, M and V are", r * (min(m, n) + 2 * max(m, n)) / adam - 1
+        count = r * (min(m, n) + 2 * max(m, n))
+        came, error = f"{m}×{n}: at rank {r:.1f} P, M and V are {count:,.0f} numbers", count / adam - 1
         question = "which side is the short one?" if m != n else "which of P, M and V has which sides?"
         question = "is that a rank, or a share of the side?" if r < 2 else question
-        question = "is it rounded?" if abs(error) < 0.005 else question
-        must(abs(error) < 1e-10, f"{came} {1 + error:.3f} times Adam's {adam:,} numbers, should be 1: {question}")
-        yield f"{came} {adam:,} numbers, as Adam's: rank {math.floor(r)} still saves, {math.floor(r) + 1} does not"
+        question = "is it rounded, or is ‖S_prev‖ counted?" if abs(error) < 0.005 else question
+        must(abs(error) < 1e-10, f"{came}, should be {adam:,}, as Adam's: {question}")
+        yield f"{came}, as Adam's: rank {math.floor(r)} still saves, {math.floor(r) + 1} does not"
 
 
 def check_7(align, rotate):
@@ -33,12 +34,15 @@ def check_7(align, rotate):
     old, M = basis(m, r, 1), randn(r, n, seed=2)
     new = torch.linalg.qr(old + 0.2 * randn(m, r, seed=3)).Q
     aligned = align(new * torch.tensor([1, -1, -1, 1]), old)
-    same(aligned.abs(), new.abs(), "|P| after align", "what may it do to a vector but to change its sign?")
+    whole = new * (aligned * new).sum(0).sign()
+    same(aligned, whole, "P after align, but for signs of whole vectors,", "what may it do to a vector but reverse it?")
     against = ((aligned * old).sum(0) < 0).sum()
     must(not against, f"after align {against} of {r} vectors point against the old one: which dot product decides?")
     kept = align(torch.eye(4).double()[:, 2:], torch.eye(4).double()[:, :2]).abs().sum()
     must(kept == 2, "a vector at a right angle to the old one became 0, should stay: what is sign(0)?")
     turned, best = rotate(M, old, new), torch.linalg.lstsq(new, old @ M).solution
+    shapes = f"M_new is {tuple(turned.shape)}, should be {tuple(M.shape)}"
+    must(turned.shape == M.shape, f"{shapes}: along which vectors does M count?")
     miss, least, stays = ((new @ X - old @ M).norm() for X in (turned, best, M))
     distance = f"‖P_new M_new − P_old M‖ is {miss:.2f}"
     must(off(turned, best) < 1e-10, f"{distance}, should be {least:.2f}: what is the nearest P_new X to a matrix?")
@@ -71,12 +75,13 @@ def check_8(pack, unpack):
         (codes, scales), n, root = pack(V), V.numel(), V.sqrt()
         came = f"{codes.numel()} codes of {codes.dtype} and {scales.numel()} scales of {scales.dtype}"
         want = f"{n} codes of torch.uint8 and {-(-n // 256)} scales of torch.float32"
-        must(came == want, f"{came} came for {n} numbers, should be {want}: how many bytes is that?")
+        question = "how many blocks are there, and what did `blocks` add?"
+        must(came == want, f"{came} came for {n} numbers, should be {want}: {question}")
         back = unpack(codes, scales, V.shape).double()
         must(back.shape == V.shape, f"V of {tuple(V.shape)} came back as {tuple(back.shape)}: what is `shape` for?")
         lost, grew = ((back == 0) & (V > 0)).double().mean(), ((root + 1e-8) / (back.sqrt() + 1e-8)).max()
         sentence = f"{lost:.2%} of V came back as 0, and an update grew {grew:.3g}-fold, should never grow"
-        must(grew < 1 + 1e-6, f"{sentence}: which way do you round, and is a scale 0?")
+        must(grew < 1 + 1e-6, f"{sentence}: which way do you round, is a scale 0, and what is 256 in a byte?")
         must((back[V == 0] == 0).all(), "a zero did not come back as zero: what should its code be?")
         for x, y in zip(root.flatten().split(256), back.sqrt().flatten().split(256)):
             error = (y - x).abs().max() / x.max().clamp(min=1e-30)

@@ -5,7 +5,8 @@ lets its norm grow by at most the factor γ = 1.01 in a step. It may shrink as i
 
     S ← S · γ / max(‖S‖ / (‖S_prev‖ + 1e-8), γ)
 
-‖S_prev‖ is one number for each matrix, all the memory that the limiter has. Decide, and the check will ask:
+‖S‖ is the root of the sum of all squares, `S.norm()`; ‖S_prev‖ is one number for each matrix, all the memory that the
+limiter has. Decide, and the check will ask:
 
     - Which norm is kept for the next step: that of S before, or after it was limited?
     - There was no step before (`prev_norm` is None). What may S be?

@@ -42,7 +42,8 @@ if __name__ == "__main__":
 
     from fira import Fira
 
-    rank, unit, peaks = int(sys.argv[1]) if sys.argv[1:] else None, 1 if sys.platform == "darwin" else 1024, []
+    rank, peaks = int(sys.argv[-1]) if sys.argv[-1].isdigit() else None, []
+    unit = 1 if sys.platform == "darwin" else 1024
     weights = [torch.nn.Parameter(torch.randn(1024, 1024)) for _ in range(24)]
     for w in weights:
         w.grad = torch.randn(1024, 1024)

@@ -37,3 +37,4 @@ if __name__ == "__main__":
     for step in (0.0, 0.1, 0.3, 1.0, 10.0):
         P_new = align(torch.linalg.qr(P + step * other).Q, P)
         print(f"P + {step} × something: ‖M_new‖ / ‖M‖ = {rotate(M, P, P_new).norm() / M.norm():.3f}")
+    print(f"nothing in common: {rotate(M, P, torch.eye(8)[:, 5:]).norm() / M.norm():.3f}")

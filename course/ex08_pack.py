@@ -14,7 +14,8 @@ Write `pack` and `unpack` for V (no number is negative) so that
     - zeros, also blocks of nothing but zeros, come back as zeros,
     - codes are uint8, as many as V has numbers, and scales float32, one for each block (the last may be shorter).
 
-Rounding up just above a whole number is where this can go wrong: what is 255 × 1.0000001, rounded up, in a byte?
+Rounding up just above a whole number is where this can go wrong: what is 255 × 1.0000001, rounded up, in a byte? (A
+float32 scale can lie just below the float64 that it was.)
 """
 
 import torch
