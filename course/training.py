@@ -75,6 +75,10 @@ class RankEach(Fira):
         super().change_subspaces([(p, group | self.ranks[p]) for p, group in due])
 
 
+AFTER = {
+    8: "Two curves? √V is rounded up in every step: where does that lead? (variants/eight_bit.py rounds by chance.)",
+    9: "Two curves? Other ranks in as many numbers: which matrices got more?",
+}
 PLACES = {2: GaLore, 4: ByTheBook, 5: ByTheBook, 8: EightBit, 9: RankEach}  # of each exercise's functions
 
 
@@ -82,7 +86,7 @@ def train_with(number: int, its) -> None:
     """150 steps with the student's functions and 150 of ours, then the table and the picture."""
     yours, optimizer = type("Yours", (PLACES[number],), {"its": its}), "galore" if number == 2 else "fira"
     train.compare([run(optimizer), run(optimizer, 0, f"yours-{number}", yours)])
-    print("Do you see one curve only? Then yours lies on ours.")
+    print(AFTER.get(number, "Do you see one curve only? Then yours lies on ours."))
 
 
 def run(optimizer: str, seed: int = 0, name: str | None = None, variant: type[Fira] | None = None) -> Path:
