@@ -102,7 +102,12 @@ GRIDS = {
         m: rates(f"{m}-lr0.02-alpha", f"{optimizer}--lr 0.02 --alpha " + "{}", alphas)
         + [n for a in best for n in rates(f"{m}-alpha{a}-lr", optimizer + "--lr {} --alpha " + a, best[a])]
         for m, optimizer, alphas, best in (
-            ("fira", "", ("0.03125", *ALPHAS), {"0.0625": ("0.005", "0.01", "0.04", "0.08"), "0.25": ("0.005", "0.01")}),
+            (
+                "fira",
+                "",
+                ("0.03125", *ALPHAS),
+                {"0.0625": ("0.005", "0.01", "0.04", "0.08"), "0.25": ("0.005", "0.01")},
+            ),
             ("galore", "--optimizer galore ", ALPHAS, {"0.25": ("0.005", "0.01", "0.04")}),
         )
     }

@@ -7,9 +7,13 @@ losses      the validation loss of the methods, each at its own best setting, me
 ablations   the differences to Fira with their intervals, and what the paper's would be here
 ranks       the loss by rank
 subspace    the share of the gradient's energy in the subspace, mean φ, and what the limiter does, over the steps
+limiter     how many matrices are limited, by γ
 phi         φ of each matrix, in the subspace and at full rank
+heatmap     the same over the steps, matrix by matrix
+trend       over the steps, how alike φ of R is to φ of the whole gradient, of the rest, and of the run at full rank
 spikes      the training loss above AdamW's on the same batches, with and without the limiter
 variance    the variance of φ² by the columns' length
+memory      the state's bytes by model and method, counted
 """
 
 import statistics
@@ -22,7 +26,7 @@ from matplotlib.figure import Figure
 
 from experiments import report
 from experiments.claims import CLAIMS
-from experiments.figures_steps import phi, runs, spikes, subspace, variance
+from experiments.figures_steps import heatmap, limiter, memory, phi, runs, spikes, subspace, trend, variance
 from experiments.stored import chosen
 
 ASSETS, STYLES = Path("assets"), [("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ((0, (6, 1, 1, 1)), "v")]
@@ -98,7 +102,7 @@ def ranks():
 
 
 def main() -> None:
-    drawings = (losses, ablations, ranks, subspace, phi, spikes, variance)
+    drawings = (losses, ablations, ranks, subspace, limiter, phi, heatmap, trend, spikes, variance, memory)
     wanted = sys.argv[1:] or [f.__name__ for f in drawings]
     if unknown := set(wanted) - {f.__name__ for f in drawings}:
         sys.exit(f"error: no figure {', '.join(unknown)}; there are {', '.join(f.__name__ for f in drawings)}")

@@ -6,8 +6,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import stored
+from experiments.memory import count
 from experiments.reductions import REFERENCE, variance_ratios
 from experiments.stored import load
+from train import TRAINING
 
 SEEDS = range(10)
 
@@ -79,5 +81,64 @@ def variance():
     ax.plot(x, 3 / (x + 2), "k-", label="3/(n+2)")
     ax.plot(list(ratios), list(ratios.values()), "ks", fillstyle="none", label="simulated")
     ax.set(xlabel="entries in a column, n", ylabel="Var[φ²] / Var[ψ²]")
+    ax.legend()
+    return ax
+
+
+def heatmap():
+    path = stored.RESULTS.with_name("similarity-seed0.json")
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    panels = Figure(figsize=(9, 4), layout="constrained").subplots(1, 3, sharey=True)
+    phis = [np.log10(np.array(found[run]["phi of matrices"])).T for run in ("fira-svd-r8", "fira-svd-r32", "fira-r128")]
+    low, high = min(map(np.min, phis)), max(map(np.max, phis))
+    for ax, values, title in zip(panels, phis, ("rank 8", "rank 32", "full rank, 128")):
+        edges = 20, 20 * values.shape[1], 27.5, -0.5
+        image = ax.imshow(values, aspect="auto", cmap="gray", vmin=low, vmax=high, extent=edges)
+        ax.set(title=title, xlabel="step")
+    panels[0].set_ylabel("matrix (7 a block: q, k, v, out, gate, up, down)")
+    ax.get_figure().colorbar(image, ax=panels, label="log₁₀ φ")
+    return ax
+
+
+def trend():
+    path = stored.RESULTS.with_name("similarity-seed0.json")
+    if not path.exists():
+        return None
+    panels = Figure(figsize=(8, 3.6), layout="constrained").subplots(1, 2, sharey=True)
+    for ax, r in zip(panels, (8, 32)):
+        for pair, style in (("R, full", "k-"), ("R, G", "k--"), ("R, X", "k:"), ("G, X", "k-.")):
+            cosines = json.loads(path.read_text())[f"fira-svd-r{r}"][f"cosine {pair} by step"]
+            ax.plot(20 * np.arange(1, 1 + len(cosines)), cosines, style, linewidth=0.9, label=f"φ of {pair}")
+        ax.set(title=f"rank {r} of 128", xlabel="step")
+    panels[0].set_ylabel("cosine over all columns")
+    ax.legend(title="X = G − P R; full: the run of full rank", fontsize=7)
+    return ax
+
+
+def limiter():
+    ax, drawn = Figure(figsize=(7, 4), layout="constrained").add_subplot(xlabel="step"), 0
+    lines = {"1.1": "gamma1.1", "1.01": "fira", "1.001": "gamma1.001", "1": "gamma1"}
+    for (gamma, name), shade in zip(lines.items(), ("0.75", "0.5", "0.25", "0")):
+        for result in runs(name)[:1]:
+            limited = np.array(result["log"]["matrices_limited"][: len(result["log"]["step"]) // 10 * 10]).reshape(
+                -1, 10
+            )
+            ax.plot(100 * np.arange(1, 1 + len(limited)), limited.mean(1) / 28, "o-", color=shade, label=f"γ = {gamma}")
+            drawn += 1
+    ax.set_ylabel("share of the matrices whose S is cut, in 100 steps")
+    ax.legend()
+    return drawn > 1 and ax
+
+
+def memory():
+    ax = Figure(figsize=(7, 4), layout="constrained").add_subplot(yscale="log")
+    methods, sizes = ("AdamW", "LoRA", "GaLore", "Fira"), ("60m", "130m", "350m", "1b", "7b")
+    for i, (method, shade) in enumerate(zip(methods, ("0.2", "0.45", "0.7", "0.95"))):
+        heights = [count(size, method)[2] / 1e9 for size in sizes]
+        ax.bar(np.arange(len(sizes)) + 0.2 * i - 0.3, heights, 0.2, color=shade, edgecolor="black", label=method)
+    ax.set_xticks(range(len(sizes)), [f"{size}\nrank {TRAINING[size]['rank']}" for size in sizes])
+    ax.set_ylabel("state of the optimizer, 1e9 bytes")
     ax.legend()
     return ax

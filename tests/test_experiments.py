@@ -100,12 +100,18 @@ def test_the_hash_is_of_the_arithmetic_only(tmp_path, monkeypatch):
 
 
 def test_the_whole_page_and_every_picture_from_made_up_runs(results, tmp_path, monkeypatch):
-    figures = dict.fromkeys(("step", "loss", "energy_share", "mean_phi", "S_norm", "S_limited"), [*range(10, 760, 10)])
+    figures = dict.fromkeys(
+        ("step", "loss", "energy_share", "mean_phi", "S_norm", "S_limited", "matrices_limited"), [*range(10, 760, 10)]
+    )
     for module in (stored, choices):  # or 1,000 files would be parsed
         monkeypatch.setattr(module, "code_hash", lambda flags="": "x")
     for run in claims.RUNS:
         for seed in range(4):
             keep(run, seed, 1.1 + random.random() / 10, log=figures)
+    similar = {f"cosine {pair} by step": [0.5] * 75 for pair in ("R, full", "R, G", "R, X", "G, X")}
+    similar |= {"phi of matrices": np.ones((75, 28)).tolist(), "column cosine": 0.9}
+    similar = dict.fromkeys(claims.CLAIMS["T1"]["rows"][0][1].split(), similar)
+    stored.RESULTS.with_name("similarity-seed0.json").write_text(json.dumps(similar))
     report.write(tmp_path / "RESULTS.md")
     page = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
     assert all(f"## {name}: " in page for name in claims.CLAIMS) and "†" not in page.split("## fair")[1]
@@ -116,7 +122,8 @@ def test_the_whole_page_and_every_picture_from_made_up_runs(results, tmp_path, m
     monkeypatch.setattr("sys.argv", ["figures"])
     figures.main()
     sizes = {path.stem: path.stat().st_size for path in tmp_path.glob("*.png")}
-    assert sizes.keys() >= {"losses", "ablations", "ranks", "spikes", "variance"} and max(sizes.values()) < 120_000
+    assert all(f"{name} " in figures.__doc__ for name in sizes)
+    assert len(sizes) == 11 and max(sizes.values()) < 120_000
 
 
 def test_spikes_are_found_above_the_other_runs_loss_on_the_same_batches():
