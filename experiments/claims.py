@@ -73,7 +73,7 @@ RUNS = {
     },
     **{
         f"spiked-{k}": f"spike=200 --steps 750 {v}{DEFAULT}"
-        for k, v in {"fira": "", "no-limiter": "--gamma inf ", "spam": "--variant variants/spam.py "}.items()
+        for k, v in {"fira": "", "spam": "--variant variants/spam.py "}.items()
     },
     "short-fira": f"--steps 750 {DEFAULT}",
     "default-bf16": f"{DEFAULT} --precision bf16",
@@ -106,7 +106,7 @@ GRIDS = {
                 "fira",
                 "",
                 ("0.03125", *ALPHAS),
-                {"0.0625": ("0.005", "0.01", "0.04", "0.08"), "0.25": ("0.005", "0.01")},
+                {"0.0625": ("0.01", "0.04", "0.08"), "0.25": ("0.01",)},
             ),
             ("galore", "--optimizer galore ", ALPHAS, {"0.25": ("0.005", "0.01", "0.04")}),
         )
