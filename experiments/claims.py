@@ -11,7 +11,9 @@ DEFAULT = "--lr 0.02 --alpha 0.0625"  # the default of train.py: the best that `
 ONLY = "--only_scaling --lr 0.01 --alpha 1"  # at the default α the update would be a quarter of Fira's
 ADAMW = "--optimizer adamw --lr 0.002"
 ALPHAS = ("0.0625", "0.125", "0.25", "0.5", "1")
-NOISES, RANKS, GAPS = ("0.1", "0.5"), ("2", "8", "32", "64", "128"), ("20", "50", "100", "200", "500")
+NOISES, ADAMW_RATES = ("0.1", "0.5"), ("0.002", "0.01", "0.03")
+RANKS, GAPS = ("2", "8", "32", "64", "128"), ("20", "50", "100", "200", "500")
+STEPS = {"fira": "", "galore": " --optimizer galore", "galore-add": " --scaling unit --gamma inf"}
 SPIKES = {"fira": "", "no-limiter": " --gamma inf", "clipping": " --gamma inf --grad_clip 1"}
 
 RUNS = {
@@ -45,22 +47,13 @@ RUNS = {
     "apollo": "--only_scaling --proj_method random --lr 0.01 --alpha 0.5",
     "apollo-mini": "--only_scaling --proj_method random --scaling matrix --rank 1 --lr 0.01 --alpha 1",
     **{f"T{gap}": f"--steps 750 {FIRA} --update_proj_gap {gap}" for gap in GAPS},
-    **{
-        f"steps-{k}": f"every_step --steps 750 {FIRA} --rank 8 --proj_method svd{v}"
-        for k, v in {
-            "fira": "",
-            "galore": " --optimizer galore",
-            "galore-add": " --scaling unit --gamma inf",
-        }.items()
-    },
+    **{f"steps-{k}": f"every_step --steps 750 {FIRA} --rank 8 --proj_method svd{v}" for k, v in STEPS.items()},
     **{
         f"spike-lr{lr}-{k}": f"every_step --steps 750 --lr {lr} --alpha 0.25 --rank 8{v}"
         for lr in ("0.01", "0.03")
         for k, v in SPIKES.items()
     },
-    **{
-        f"spike-lr{lr}-adamw": f"every_step --steps 750 --optimizer adamw --lr {lr}" for lr in ("0.002", "0.01", "0.03")
-    },
+    **{f"spike-lr{lr}-adamw": f"every_step --steps 750 --optimizer adamw --lr {lr}" for lr in ADAMW_RATES},
     **{
         f"noise{s}-{k}": f"noise={s} --steps 750 {v}"
         for s in ("0", *NOISES)
@@ -71,10 +64,8 @@ RUNS = {
         for s in NOISES
         for k, v in {"adamw": ADAMW, "only": ONLY}.items()
     },
-    **{
-        f"spiked-{k}": f"spike=200 --steps 750 {v}{DEFAULT}"
-        for k, v in {"fira": "", "spam": "--variant variants/spam.py "}.items()
-    },
+    "spiked-fira": f"spike=200 --steps 750 {DEFAULT}",
+    "spiked-spam": f"spike=200 --steps 750 --variant variants/spam.py {DEFAULT}",
     "short-fira": f"--steps 750 {DEFAULT}",
     "default-bf16": f"{DEFAULT} --precision bf16",
     **{
@@ -98,20 +89,19 @@ def rates(name: str, flags: str, values: tuple) -> list[str]:
 TUNED = {"fira": (5e-4, 1e-3, 2e-3, 4e-3), "adamw": (1e-4, 2e-4, 5e-4, 1e-3), "lora": (3e-4, 1e-3, 3e-3, 1e-2)}
 TUNED["galore"] = TUNED["fira"]
 GRIDS = {
-    "fair": {  # α at one learning rate, then the learning rate at the best α and at 1/4
-        m: rates(f"{m}-lr0.02-alpha", f"{optimizer}--lr 0.02 --alpha " + "{}", alphas)
-        + [n for a in best for n in rates(f"{m}-alpha{a}-lr", optimizer + "--lr {} --alpha " + a, best[a])]
-        for m, optimizer, alphas, best in (
-            (
-                "fira",
-                "",
-                ("0.03125", *ALPHAS),
-                {"0.0625": ("0.01", "0.04", "0.08"), "0.25": ("0.01",)},
-            ),
-            ("galore", "--optimizer galore ", ALPHAS, {"0.25": ("0.005", "0.01", "0.04")}),
-        )
-    }
-    | {
+    "fair": {  # α at one learning rate, then the learning rate at the best α and, for Fira, at the paper's
+        "fira": [
+            *rates("fira-lr0.02-alpha", "--lr 0.02 --alpha {}", ("0.03125", *ALPHAS)),
+            *rates("fira-alpha0.0625-lr", "--lr {} --alpha 0.0625", ("0.01", "0.04", "0.08")),
+            "fira",
+        ],
+        "galore": [
+            *rates("galore-lr0.02-alpha", "--optimizer galore --lr 0.02 --alpha {}", ALPHAS),
+            *rates("galore-alpha0.25-lr", "--optimizer galore --lr {} --alpha 0.25", ("0.005", "0.01", "0.04")),
+        ],
+        "algorithm1": rates(  # its α and its learning rate are one factor but for embeddings and head
+            "fira-paper-lr", "--lr {} --alpha 0.25 --alpha_mode paper", ("0.005", "0.01", "0.02", "0.04")
+        ),
         "adamw": rates("adamw-lr", "--optimizer adamw --lr {}", ("0.001", "0.002", "0.003", "0.005")),
         "lora": rates("lora-lr", "--optimizer lora --lr {}", ("0.001", "0.003", "0.005", "0.01")),
     },

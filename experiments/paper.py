@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from experiments import patches, report, stored
 from experiments.claims import CLAIMS, GRIDS, RUNS
-from experiments.stored import chosen, code_hash, load, summary
+from experiments.stored import chosen, code_hash, kept, load, summary
 
 STEPS = 1500
 MINUTES = 3.0  # of a run of 1,500 steps beside another, where none is stored yet
@@ -40,7 +40,7 @@ def needed(name: str, seeds: list[int]) -> list[tuple[str, int]]:
     runs = dict.fromkeys(word for text in texts for word in text.split() if word != "+")
     best = {run: chosen(name, run[5:]) for run in runs if run.startswith("best:")}
     rest = [(best.get(run, run), seed) for seed in seeds for run in runs if best.get(run, run)]
-    return [job for job in dict.fromkeys(grid + rest) if load(*job) is None]
+    return [job for job in dict.fromkeys(grid + rest) if not kept(*job)]
 
 
 def split(flags: str) -> tuple[list[str], list[str]]:

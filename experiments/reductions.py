@@ -1,18 +1,15 @@
-"""What is not one difference of losses: spikes, similarity of scaling factors, variance of φ², variants, memory."""
+"""What is not one difference of losses: spikes, similarity of scaling factors, variance of φ², variants."""
 
 import json
 import math
 import statistics
 
 import numpy as np
-import torch
 
 from experiments import stored
-from experiments.memory import state_bytes
+from experiments.memory import table
 from experiments.similarity import reduce_seed
 from experiments.stored import interval, load
-from fira import param_groups
-from model import ModelConfig, Transformer
 
 REFERENCE = "spike-lr0.002-adamw"
 
@@ -141,28 +138,4 @@ def variants(runs: list[str], seeds: list[int]) -> str:
     return "\n".join(lines)
 
 
-def memory(runs: list[str], seeds: list[int]) -> str:
-    """The numbers in the state, embeddings and head included, counted without a run."""
-
-    def numbers(size: str, rank: int | None) -> int:
-        with torch.device("meta"):
-            return state_bytes(param_groups(Transformer(ModelConfig.preset(size, 32_000, 256)), rank)) // 4
-
-    saved, times = 1 - numbers("1b", 512) / numbers("1b", None), numbers("7b", 1024) / numbers("7b", 128)
-    lines = ["| claim | paper | counted | verdict |", "| --- | --- | --- | --- |"]
-    for claim, paper, counted, holds in (
-        (
-            "Fira's state at 1B, rank 512, is smaller than AdamW's by",
-            "61.1 %",
-            f"{saved:.1%}",
-            f"{saved:.1%}" == "61.1%",
-        ),
-        ("at 7B GaLore's state at rank 1024, over Fira's at rank 128", "8", f"{times:.1f}", f"{times:.0f}" == "8"),
-    ):
-        lines.append(f"| {claim} | {paper} | {counted} | {'confirmed' if holds else '**contradicted**'} |")
-    return (
-        "\n".join(lines) + "\n\nThe 8 holds for the projected matrices alone: embeddings and head keep AdamW's moments."
-    )
-
-
-REDUCTIONS = {"memory": memory, "spikes": spikes, "variance": variance, "similarity": similarity, "variants": variants}
+REDUCTIONS = {"memory": table, "spikes": spikes, "variance": variance, "similarity": similarity, "variants": variants}

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import prepare_data
-from experiments.claims import GRIDS
+from experiments.claims import GRIDS, RUNS
 
 RESULTS, OUT = Path("experiments/results/runs"), Path("out/paper")
 
@@ -80,6 +80,13 @@ def interval(differences: list[float]) -> tuple[float, float]:
 def load(run: str, seed: int) -> dict | None:
     path = RESULTS / f"{run}-seed{seed}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def kept(run: str, seed: int) -> bool:
+    """Whether a run is stored, and of one with the recorder the record too, or what `similarity.py` made of it."""
+    records = OUT / f"{run}-seed{seed}" / "record.npz", RESULTS.with_name(f"similarity-seed{seed}.json")
+    recorded = not RUNS[run].startswith("record ") or any(path.exists() for path in records)
+    return recorded and load(run, seed) is not None
 
 
 def chosen(claim: str, method: str) -> str | None:

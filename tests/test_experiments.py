@@ -82,6 +82,19 @@ def test_seed_0_chooses_and_runs_of_older_code_are_marked(results):
     assert "| +0.3000 † |" in page and page.count("†") == 1 and "**1.0000**" in page and not paper.needed("F12", [1])
 
 
+def test_a_recorders_run_is_trained_again_where_its_record_is_lost(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(stored, "OUT", tmp_path)
+    run = "fira-svd-r8"
+    keep(run, 0, 1.1)
+    assert (run, 0) in paper.needed("T1", [0])
+    similar = stored.RESULTS.with_name("similarity-seed0.json")
+    for path in (tmp_path / f"{run}-seed0" / "record.npz", similar):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        assert (run, 0) not in paper.needed("T1", [0])
+        path.unlink()
+
+
 def test_the_hash_is_of_the_arithmetic_only(tmp_path, monkeypatch):
     files = {name: open(name, encoding="utf-8").read() for name in ("fira.py", "model.py", "train.py")}
 
