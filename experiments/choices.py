@@ -20,7 +20,9 @@ def choice(claim: str, method: str) -> str:
     first, second = [*(key for key in values if len(values[key]) > 1), "lr", "lr"][:2]
     found = {(float(s.get(first, 0)), float(s[second])): load(run, 0) for run, s in runs.items()}
     done = [result for result in found.values() if result]
-    best = min(done, key=lambda result: result["val_loss"], default=None)
+    if not done:
+        return ""
+    best = min(done, key=lambda result: result["val_loss"])
     axes = first if first == second else f"{first} \\\\ {second}"
     lines = [f"| {method}, seed 0: {axes} | " + " | ".join(f"{v:g}" for v in values[second]) + " |"]
     lines.append("| --- |" + " --- |" * len(values[second]))
@@ -30,8 +32,7 @@ def choice(claim: str, method: str) -> str:
             "" if c is None else f"**{c['val_loss']:.4f}**" if c is best else f"{c['val_loss']:.4f}" for c in cells
         ]
         lines.append(f"| {'' if v is None else f'{v:g}'} | " + " | ".join(texts) + " |")
-    edges = [
-        key for key in (first, second) if best and float(runs[best["run"]][key]) in (values[key][0], values[key][-1])
-    ]
-    note = f"\nThe best is at the edge of the grid in {' and '.join(edges)}.\n" if edges else ""
-    return "\n".join(lines) + marks(done) + "\n" + note
+    varied = [key for key in (first, second) if len(values[key]) > 1]
+    edges = [key for key in varied if float(runs[best["run"]][key]) in (values[key][0], values[key][-1])]
+    note = f"The best is at the edge of the grid in {' and '.join(edges)}.\n" * bool(edges)
+    return "\n".join(lines) + "\n\n" + note + marks(done)

@@ -61,13 +61,15 @@ def losses():
 
 
 def ablations():
-    gap, rows = report.gap_here()[0], []
+    gap, rows = report.gap_here(), []
     for claim in ("T5", "T15", "T3", "T11"):
         for text, a, b, paper in (cells for cells in CLAIMS[claim]["rows"] if cells[0][0] != "!"):
             (x, _), (y, _) = (report.losses(claim, term, CLAIMS[claim]["seeds"]) for term in (a, b))
             both = [seed for seed in x if seed in y]
             if len(both) > 1 and b == "fira":
-                rows.append((text, *report.interval([x[s] - y[s] for s in both]), report.expected(paper, gap)))
+                here = report.effect(paper)
+                scaled = here and gap and here * gap[0] / report.PAPER_GAP
+                rows.append((text, *report.interval([x[s] - y[s] for s in both]), scaled))
     ax = axes(xlabel="difference of validation loss, nats a byte, mean and 95 % interval")
     for i, (_, mean, half, expected) in enumerate(rows):
         ax.errorbar(mean, -i, xerr=half, fmt="o", color="black", capsize=3, label=None if i else "here")

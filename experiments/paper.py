@@ -30,7 +30,6 @@ from experiments.claims import CLAIMS, GRIDS, RUNS
 from experiments.stored import chosen, code_hash, kept, load, summary
 
 STEPS = 1500
-MINUTES = 3.0  # of a run of 1,500 steps beside another, where none is stored yet
 
 
 def needed(name: str, seeds: list[int]) -> list[tuple[str, int]]:
@@ -57,14 +56,16 @@ def train(run: str, seed: int) -> None:
     flags += ["--eval_interval", str(STEPS)] * (STEPS < 500)
     flags += ["--seed", str(seed), "--name", str(folder), "--threads", "1", "--device", "cpu"]
     command = ["-m", "experiments.patches", *changes] if changes else ["train.py"]
-    code, begun = code_hash(RUNS[run]), time.time()
-    if (folder / "ckpt.pt").exists() and not changes:
+    code, begun, stamp = code_hash(RUNS[run]), time.time(), folder / "code"
+    if (folder / "ckpt.pt").exists() and not changes and stamp.read_text() == code:
         flags.append("--resume")
-    elif folder.exists():  # a recorder or a generator of noise cannot go on in the middle
+    elif folder.exists():  # of other code; or a recorder or a generator of noise, which cannot go on in the middle
         shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(code)
     options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, *command, *flags], check=False, **options)
-    line = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]
+    line = [f"exit status {done.returncode}", *(done.stderr.strip() or done.stdout.strip()).splitlines()][-1]
     if done.returncode and "not finite" not in line:
         raise RuntimeError(f"{folder.name}: {line}")
     stored.RESULTS.mkdir(parents=True, exist_ok=True)
@@ -100,10 +101,8 @@ def campaign(jobs: list[tuple[str, int]]) -> None:
 
 def plan() -> None:
     """What each claim still needs, and for how long, if the claims are run in this order."""
-    taken = [
-        r["minutes"] / r["config"]["steps"] for r in map(json.loads, map(Path.read_text, stored.RESULTS.glob("*.json")))
-    ]
-    minute, seen = statistics.median(taken) if taken else MINUTES / 1500, set()
+    runs, seen = [json.loads(path.read_text("utf-8")) for path in stored.RESULTS.glob("*.json")], set()
+    minutes = statistics.median([run["minutes"] / run["config"]["steps"] for run in runs] or [0.003])  # of a step
     for name, claim in CLAIMS.items():
         jobs = [job for job in needed(name, claim["seeds"]) if job not in seen]
         seen.update(jobs)
@@ -111,7 +110,7 @@ def plan() -> None:
         steps = sum(int(w[w.index("--steps") + 1]) if "--steps" in w else STEPS for w in words)
         later = len(claim["seeds"]) * sum(chosen(name, method) is None for method in GRIDS.get(name, {}))
         chosen_later = f"+ {later} that seed 0 chooses" if later else ""
-        print(f"{name:12} {len(jobs):3} runs {chosen_later:24} {steps * minute / 2:4.0f} min  {claim['title']}")
+        print(f"{name:12} {len(jobs):3} runs {chosen_later:24} {steps * minutes / 2:4.0f} min  {claim['title']}")
     print(f"{len(seen)} runs in all")
 
 
@@ -131,6 +130,7 @@ def main() -> None:
     if args.steps != STEPS:
         stored.OUT, STEPS = Path(f"out/paper-{args.steps}steps"), args.steps
         stored.RESULTS = stored.OUT / "results" / "runs"
+    failed = []
     if args.plan:
         plan()
     for name in CLAIMS if "all" in args.claims else args.claims:
@@ -138,10 +138,12 @@ def main() -> None:
         while jobs := needed(name, seeds):  # twice where seed 0 has to choose first
             campaign(jobs)
             if set(needed(name, seeds)) & set(jobs):
+                failed.append(name)
                 break
         print(report.section(name, seeds))
     if args.write:
         report.write(Path("experiments/RESULTS.md") if args.steps == 1500 else stored.OUT / "RESULTS.md")
+    sys.exit(len(failed) > 0)
 
 
 if __name__ == "__main__":

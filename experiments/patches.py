@@ -13,7 +13,7 @@ import torch
 
 import fira
 import train
-from experiments.similarity import Recorder
+from experiments.recorder import Recorder
 from fira import Fira
 from variants.inner import Inner
 

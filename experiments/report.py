@@ -7,53 +7,51 @@ from pathlib import Path
 
 from experiments import stored
 from experiments.choices import choice, marks
-from experiments.claims import CLAIMS, GRIDS
+from experiments.claims import CLAIMS, GRIDS, RUNS
 from experiments.reductions import REDUCTIONS
-from experiments.stored import chosen, code_hash, interval, load
+from experiments.stored import chosen, interval, load
 
 PAPER_GAP, INSENSITIVE = math.log(34.88 / 31.06), 0.01  # GaLore − Fira at 60M in log-perplexity; nats
-
-HEAD = """# Results: the paper's claims beside our own numbers
-
-This page is made by `python -m experiments.paper --write` from the files under `experiments/results/`; nothing here is
-typed by hand. The paper (arXiv:2410.01623) has single runs of models of 60M parameters and more on C4. Here a run is
-`python train.py` at its default size: a LLaMA of 0.9M parameters on the bytes of Python's own library, 1,500 steps,
-rank 32 of 128, on CPUs. A row is the difference of the validation loss (nats a byte) of two runs, paired by seed, which
-decides the initial weights and the batches: mean ± half the 95 % interval by Student's t, and the seeds.
-
-**Expected here** is the paper's effect, as a difference of log-perplexities, times our GaLore − Fira over the paper's
-({paper_gap:.4f}), as tokens, models and budgets differ: ours is {gap:.4f} ({source}).
-
-**Verdict.** Confirmed: the whole interval lies on the paper's side of 0. Contradicted: it lies wholly on the other
-side, or wholly below half of what is expected. Where the paper claims no difference: confirmed if the interval lies
-within ±{insensitive} nats, contradicted if it lies outside. Else not decidable with these seeds.
-"""
+OVERVIEW = {  # the columns of the first table, and what marks a row of each
+    "confirmed": "| confirmed",
+    "contradicted": "**contradicted**",
+    "not seen": "not seen",
+    "not decidable": "not decidable",
+    "not run": "not run |",
+}
 
 
-def expected(paper: str, gap: float) -> float | None:
-    """What a row's ratio of the paper's perplexities would be here, in nats; None where it has no number."""
-    if "/" not in paper:
+def effect(paper: str) -> float | None:
+    """The paper's difference in log-perplexity, from a cell such as 31.52/31.06; None where it has only a sign."""
+    if paper[0] in "+-=?":
         return None
     a, b = map(float, paper.split("/"))
-    return math.log(a / b) * gap / PAPER_GAP
+    return math.log(a / b)
 
 
-def verdict(mean: float, half: float, paper: str, effect: float | None) -> str:
-    """By the rule in the page's head."""
-    if paper == "?":
+def gap_here() -> tuple[float, float] | None:
+    """Our own GaLore − Fira at the paper's settings, which scales its effects, with half its interval."""
+    pairs = [(load("galore", seed), load("fira", seed)) for seed in range(10)]
+    differences = [a["val_loss"] - b["val_loss"] for a, b in pairs if a and b]
+    return interval(differences) if differences else None
+
+
+def verdict(mean: float, half: float, paper: str, least: float = 0.0) -> str:
+    """By the rule in the page's head; `least` is half of what is expected, by the lower end of the scale."""
+    if paper[0] == "?":
         return ""
     if math.isinf(half):
         return "not decidable: one seed"
-    if paper == "=":
+    if paper[0] == "=":
         inside, outside = abs(mean) + half <= INSENSITIVE, abs(mean) - half > INSENSITIVE
-        return "confirmed" if inside else "contradicted" if outside else "not decidable here"
-    sign = -1 if paper == "-" or (effect or 0) < 0 else 1
+        return "confirmed" if inside else "**contradicted**" if outside else "not decidable here"
+    sign = -1 if paper[0] == "-" or (effect(paper) or 0) < 0 else 1
     low, high = sign * mean - half, sign * mean + half
     if low > 0:
-        return "confirmed" if not effect or high >= abs(effect) / 2 else "confirmed in sign, under half the size"
+        return "confirmed" if high >= least else "confirmed, but under half the size"
     if high < 0:
         return "**contradicted**"
-    return "**contradicted**: under half the size" if effect and high < abs(effect) / 2 else "not decidable here"
+    return "not seen: under half the size" if high < least else "not decidable here"
 
 
 def losses(claim: str, term: str, seeds: list[int]) -> tuple[dict[int, float], list[dict]]:
@@ -67,36 +65,36 @@ def losses(claim: str, term: str, seeds: list[int]) -> tuple[dict[int, float], l
     return total, used
 
 
-def gap_here() -> tuple[float, str]:
-    """Our own GaLore − Fira, which scales the paper's effects, and where it is from."""
-    for claim, a, b, source in (
-        ("fair", "best:galore", "best:fira", "both tuned"),
-        ("T3", "galore", "fira", "defaults"),
-    ):
-        (x, _), (y, _) = (losses(claim, term, CLAIMS[claim]["seeds"]) for term in (a, b))
-        both = x.keys() & y.keys()
-        if both and (gap := statistics.mean(x[seed] - y[seed] for seed in both)) > 0:
-            return gap, source
-    return 0.0823, "an earlier version's, as there are no runs yet"
-
-
-def row(claim: str, cells: list[str], seeds: list[int], gap: float) -> str:
+def row(claim: str, cells: list[str], seeds: list[int], gap: tuple[float, float] | None) -> str:
     text, a, b, paper = cells
     (x, used_x), (y, used_y) = losses(claim, a, seeds), losses(claim, b, seeds)
-    effect, both = expected(paper, gap), sorted(x.keys() & y.keys())
-    claimed = f"{paper} | {'' if effect is None else f'{effect:+.4f}'}"
+    scale, low = (gap[0] / PAPER_GAP, max(0.0, gap[0] - gap[1]) / PAPER_GAP) if gap else (math.nan, 0.0)
+    here, both = effect(paper), sorted(x.keys() & y.keys())
+    claimed = f"{paper} | {'' if here is None or not gap else f'{here * scale:+.4f}'}"
     if not both:
         return f"| {text} | {claimed} | not run | | | |"
+    diverged = [f"{which} diverged with seed {s}" for s in both for which, z in ((a, x), (b, y)) if math.isinf(z[s])]
+    both = [seed for seed in both if math.isfinite(x[seed] + y[seed])]
+    if not both:
+        return f"| {text} | {claimed} | | | | {'; '.join(diverged)} |"
     mean, half = interval([x[seed] - y[seed] for seed in both])
     ours = f"{mean:+.4f}" + (f" ± {half:.4f}" if math.isfinite(half) else "")
     means = f"{statistics.mean(x[s] for s in both):.4f}, {statistics.mean(y[s] for s in both):.4f}"
-    judged = verdict(mean, half, paper, effect) if math.isfinite(mean) else "one of them diverged"
+    judged = "; ".join([verdict(mean, half, paper, abs(here or 0) * low / 2), *diverged])
     return f"| {text} | {claimed} | {ours}{marks(used_x + used_y)} | {means} | {' '.join(map(str, both))} | {judged} |"
+
+
+def flags_of(name: str) -> str:
+    """The runs of a claim and their flags, folded away."""
+    words = " ".join(" ".join(cells[1:3]) if cells[0][0] != "!" else cells[1] for cells in CLAIMS[name]["rows"]).split()
+    runs = [chosen(name, word[5:]) if word.startswith("best:") else word for word in words if word not in "+?"]
+    lines = [f"    {run:28} {RUNS[run]}" for run in dict.fromkeys(runs) if run in RUNS]
+    return "\n".join(["<details><summary>The runs</summary>\n", *lines, "\n</details>"]) if lines else ""
 
 
 def section(name: str, seeds: list[int]) -> str:
     """A claim's part of the page."""
-    claim, (gap, _) = CLAIMS[name], gap_here()
+    claim, gap = CLAIMS[name], gap_here()
     parts = [f"## {name}: {claim['title']}", f"`python -m experiments.paper {name}`"]
     rows = [cells for cells in claim["rows"] if cells[0][0] != "!"]
     if rows:
@@ -105,25 +103,41 @@ def section(name: str, seeds: list[int]) -> str:
     parts += [choice(name, method) for method in GRIDS.get(name, {})]
     for kind, runs in (cells for cells in claim["rows"] if cells[0][0] == "!"):
         used = [result for run in runs.split() for seed in seeds if (result := load(run, seed))]
-        parts.append(REDUCTIONS[kind[1:]](runs.split(), seeds) + marks(used))
-    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+        parts += [REDUCTIONS[kind[1:]](runs.split(), seeds), marks(used)]
+    parts.append(flags_of(name))
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def overview(sections: dict[str, str]) -> str:
+    """How many rows of each claim came out how."""
+    lines = ["| claim | | " + " | ".join(OVERVIEW) + " |", "| --- " * (len(OVERVIEW) + 2) + "|"]
+    for name, text in sections.items():
+        counts = [sum(mark in line for line in text.splitlines()) for mark in OVERVIEW.values()]
+        if "Not run." in text:
+            counts[-1] = "all"
+        lines.append(
+            f"| [{name}](#{name.lower()}) | {CLAIMS[name]['title']} | {' | '.join(str(n or '') for n in counts)} |"
+        )
+    return "\n".join(lines)
 
 
 def write(path: Path) -> None:
     """The whole page: the claims, then what the other programs here have printed into experiments/results/."""
-    gap, source = gap_here()
-    head = HEAD.format(gap=gap, source=source, paper_gap=PAPER_GAP, insensitive=INSENSITIVE)
-    sections = [section(name, claim["seeds"]) for name, claim in CLAIMS.items()]
-    runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(stored.RESULTS.glob("*.json"))]
+    gap, runs = gap_here(), [json.loads(file.read_text("utf-8")) for file in sorted(stored.RESULTS.glob("*.json"))]
+    ours = f"{gap[0]:.4f} ± {gap[1]:.4f}" if gap else "not run yet"
+    head = Path(__file__).with_name("head.md").read_text(encoding="utf-8")
+    head = head.format(gap=ours, paper_gap=PAPER_GAP, insensitive=INSENSITIVE)
+    sections = {name: section(name, claim["seeds"]) for name, claim in CLAIMS.items()}
     kinds = sorted({f"Python {r['python']}, torch {r['torch']}, data {r['data']}" for r in runs})
-    notes = [f"{len(runs)} runs: {'; '.join(kinds) or 'none'}. The arithmetic's hash is {code_hash()}."]
-    notes.append(
-        "† trained with an older version of the arithmetic; ‡ runs of different data, as Python's library differs."
-    )
-    for file in sorted(path.with_name("results").glob("*.txt")) + sorted(path.with_name("results").glob("*.md")):
+    notes = f"{len(runs)} runs: {'; '.join(kinds) or 'none'}. † marks what was trained with an older version of the "
+    notes += "arithmetic, ‡ runs of different data, as Python's library differs.\n"
+    parts = [head, notes, overview(sections) + "\n"]
+    parts += [f'<a id="{name.lower()}"></a>\n\n{text}' for name, text in sections.items()]
+    others = stored.RESULTS.parent
+    for file in sorted(others.glob("*.txt")) + sorted(others.glob("*.md")):
         text = file.read_text(encoding="utf-8").rstrip()
-        sections.append(f"## {file.stem}\n\n" + (text if file.suffix == ".md" else f"```text\n{text}\n```") + "\n")
+        parts.append(f"## {file.stem}\n\n" + (text if file.suffix == ".md" else f"```text\n{text}\n```") + "\n")
     pictures = [f"![{picture.stem}](../assets/{picture.name})" for picture in sorted(Path("assets").glob("*.png"))]
-    sections.append("## Pictures\n\n`python -m experiments.figures`\n\n" + "\n\n".join(pictures) + "\n")
-    path.write_text("\n".join([head, "\n\n".join(notes) + "\n", *sections]), encoding="utf-8")
+    parts.append("## Pictures\n\n`python -m experiments.figures`\n\n" + "\n\n".join(pictures) + "\n")
+    path.write_text("\n".join(parts), encoding="utf-8")
     print(f"wrote {path}")

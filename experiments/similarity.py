@@ -2,57 +2,38 @@
 
     python -m experiments.paper T1              # trains with the recorder, reduces, prints
 
-The recorder keeps, every 20th step and for each column i of each matrix, ‖R_i‖, ‖G_i‖, ‖X_i‖ with X = G − P R, and the
-norms of what Adam makes of R, of G and of X; the moments of G and X are shadows, kept beside the training and without
-effect on it. φ is the quotient of the two norms. c_t is left out: it is the same for all. From this come, per seed:
-  paper's way   time means of two runs, rank r and full rank, compared over matrices and over columns, after warm-up
-  within        Spearman's ρ over the columns of a matrix, the mean over matrices: what scaling by column needs
-  null          the 97.5 % point of the same figure with the columns exchanged at random inside of each matrix
-  level         the geometric mean of φ(R)/φ(G) and φ(R)/φ(X), and √(r/m)‖G‖/‖R‖, √(r/(m−r))‖X‖/‖R‖, what they would
-                be if all entries of what Adam makes had one size: below 1, Fira scales the rest less than Adam would
+φ of R, of G and of X = G − P R is ‖what Adam makes of it‖ / ‖it‖, column by column or for a matrix. c_t is left out: it
+is the same for all. From the norms that `recorder.py` keeps come, per seed:
+  matrix, column   φ(R) of a run beside φ of the run at full rank: time means over all steps (the paper's way), over
+                   those after warm-up, or step by step; "null": the 97.5 % point with all items exchanged at random
+  within           Spearman's ρ over the columns of a matrix, the mean over matrices: what scaling by column needs;
+                   its null exchanges columns within their matrix
+  level            the geometric mean of φ(R)/φ(G) and of φ(R)/φ(X). By chance, as with a random P, the first is 1 and
+                   the second √(1 − r/m). "One size" is √(r/m) ‖G‖/‖R‖ or √(r/m) ‖X‖/‖R‖: the level if all entries of
+                   what Adam makes had one size
 """
 
 import json
+import math
+import statistics
 from pathlib import Path
 
 import numpy as np
-import torch
 
-import fira
+from experiments import stored
 from experiments.coefficients import COEFFICIENTS, cosine, pearson, ranks, spearman
+from experiments.recorder import EVERY
+from experiments.stored import load
 
-EVERY, WARMUP, MATRICES = 20, 160, 28  # steps, steps, of the nano model
-
-
-class Recorder:
-    """`update` stands in for `fira.fira_update`, which it calls; the matrices come in the same order in each step."""
-
-    def __init__(self):
-        self.calls, self.moments, self.rows, self.last, self.shapes = 0, {}, [], [], {}
-
-    def adam(self, key, X: torch.Tensor) -> torch.Tensor:
-        M, V = self.moments.setdefault(key, (torch.zeros_like(X), torch.zeros_like(X)))
-        M.lerp_(X, 0.1)
-        V.mul_(0.999).addcmul_(X, X, value=0.001)
-        return M / V.sqrt().add_(1e-8)
-
-    @torch.no_grad()
-    def update(self, W, G, P, R, N, prev_norm, *args, original=fira.fira_update, **options):
-        step, matrix = self.calls // MATRICES + 1, self.calls % MATRICES
-        self.calls += 1
-        X = G if P is None else G - P @ R
-        adam_G, adam_X = (N, N) if P is None else (self.adam((matrix, "G"), G), self.adam((matrix, "X"), X))
-        if step % EVERY == 0:
-            self.last.append(torch.stack([fira.column_norms(x) for x in (R, G, X, N, adam_G, adam_X)]).numpy())
-            self.shapes[matrix] = (len(R), *G.shape)
-            if matrix == MATRICES - 1:
-                self.rows.append(np.concatenate(self.last, axis=1))
-                self.last = []
-        return original(W, G, P, R, N, prev_norm, *args, **options)
-
-    def save(self, path: Path) -> None:
-        """norms (records, 6, columns) of R, G, X and of Adam of each; shapes (28, 3): r, m and n of each matrix."""
-        np.savez_compressed(path, norms=np.stack(self.rows), shapes=[self.shapes[i] for i in range(MATRICES)])
+WARMUP = 160  # steps, a little above the 150 of the learning rate
+LEGEND = """φ(R) of each run beside φ of the run at full rank; X is G − P R. Matrix and column: time means over all steps,
+as in the paper; "null" is the 97.5 % point with the items exchanged at random. Within: Spearman's ρ over the columns of
+a matrix. Level: the geometric mean of φ(R)/φ(G) and of φ(R)/φ(X), beside what chance makes of it (a random P) and what
+it would be if all entries of what Adam makes had one size. The prediction, which is not the paper's, is that both lie
+below chance: Fira scales the rest less than Adam would. (Table 1's MSE says nothing more than its cosine: each of its
+eight entries is 2 (1 − cosine) / k for k items, to the digit that is printed.)"""
+PAPER_60M = {"matrix cosine": 0.9922, "matrix Spearman": 0.9972, "matrix Kendall": 0.9662, "matrix Pearson": 0.9891}
+PAPER_60M |= {"column cosine": 0.9273, "column Spearman": 0.9372, "column Kendall": 0.7942, "column Pearson": 0.8723}
 
 
 def within(x: np.ndarray, y: np.ndarray, starts: np.ndarray, shuffles: int = 0) -> np.ndarray:
@@ -84,13 +65,11 @@ def reduce(record: dict, full: dict) -> dict:
     means = np.add.reduceat(phi, starts, axis=1) / n, np.add.reduceat(phi_full, starts, axis=1) / n
     figures, rng = {}, np.random.default_rng(0)
     for level, (a, b) in {"matrix": matrices, "matrix (mean φ)": means, "column": (phi, phi_full)}.items():
-        for window, first in {"": late, " from step 20": 0}.items():
-            x, y = a[first:].mean(0), b[first:].mean(0)
-            figures |= {f"{level}{window} {name}": f(x, y) for name, f in COEFFICIENTS.items()}
-            figures[f"{level}{window} MSE"] = 2 * (1 - figures[f"{level}{window} cosine"]) / len(x)
-        x, y = a[late:].mean(0), b[late:].mean(0)
+        x, y = a.mean(0), b.mean(0)
+        figures |= {f"{level} {name}": f(x, y) for name, f in COEFFICIENTS.items()}
         figures[f"{level} cosine null"] = float(np.quantile([cosine(x, rng.permutation(y)) for _ in range(200)], 0.975))
         for name, f in (("cosine", cosine), ("Spearman", spearman)):
+            figures[f"{level} {name} after warm-up"] = f(a[late:].mean(0), b[late:].mean(0))
             figures[f"{level} {name} by step"] = float(np.mean([f(*pair) for pair in zip(a[late:], b[late:])]))
     pairs = {"R, full": (phi, phi_full), "R, G": (phi, phi_G), "R, X": (phi, phi_X), "G, X": (phi_G, phi_X)}
     for name, (a, b) in pairs.items():
@@ -99,28 +78,71 @@ def reduce(record: dict, full: dict) -> dict:
         figures[f"within {name} null"] = float(np.quantile(within(x, y, starts, 1000), 0.975))
         figures[f"cosine {name} by step"] = [cosine(*pair) for pair in zip(a, b)]
     tiny, mean = 1e-12, lambda x: float(np.exp(x[late:].mean()))
+    spread = np.log(phi + tiny).std(axis=1)  # over the columns
+    figures["spread of log φ, before / after step 160"] = float(spread[:late].mean() / spread[late:].mean())
     if (r < m).all():
         log_R, log_G, log_X = np.log(R + tiny), np.log(G + tiny), np.log(X + tiny)
+        apart = np.mean(np.subtract(figures["cosine G, X by step"], figures["cosine R, G by step"])[late:])
+        figures["cosine of φ(G), φ(X) − of φ(R), φ(G)"] = float(apart)
         figures["level R/G"] = mean(np.log(phi + tiny) - np.log(phi_G + tiny))
         figures["level R/X"] = mean(np.log(phi + tiny) - np.log(phi_X + tiny))
-        figures["level R/G, one size"] = mean(np.log(r / m) / 2 + log_G - log_R)
-        figures["level R/X, one size"] = mean(np.log(r / (m - r)) / 2 + log_X - log_R)
-        figures["correlation of log ‖N‖"] = pearson(
-            np.log(N + tiny)[late:].mean(0), np.log(adam_G + tiny)[late:].mean(0)
-        )
+        figures |= {"level R/G chance": 1.0, "level R/X chance": float(np.sqrt(1 - r / m).mean())}
+        figures["level R/G one size"] = mean(np.log(r / m) / 2 + log_G - log_R)
+        figures["level R/X one size"] = mean(np.log(r / m) / 2 + log_X - log_R)
+        figures["correlation of log ‖N‖"] = pearson(*(np.log(x + tiny)[late:].mean(0) for x in (N, adam_G)))
         figures["correlation of log ‖R‖"] = pearson(log_R[late:].mean(0), log_G[late:].mean(0))
     figures["energy"] = (np.square(R).sum(1) / np.square(G).sum(1)).tolist()
     figures["phi of matrices"] = matrices[0].tolist()
     return figures
 
 
-def reduce_seed(folder: Path, runs: list[str], seed: int, path: Path) -> None:
+def reduce_seed(runs: list[str], seed: int, path: Path) -> None:
     """Write the figures of a seed's runs; nothing if a record is missing."""
-    records = {run: folder / f"{run}-seed{seed}" / "record.npz" for run in runs}
+    records = {run: stored.OUT / f"{run}-seed{seed}" / "record.npz" for run in runs}
     if all(record.exists() for record in records.values()):
         loaded = {run: dict(np.load(record)) for run, record in records.items()}
         figures = {run: reduce(record, loaded["fira-r128"]) for run, record in loaded.items()}
-        text = json.dumps(figures, indent=None, default=float)
-        path.write_text(
-            json.dumps(json.loads(text, parse_float=lambda x: float(f"{float(x):.4g}"))) + "\n", encoding="utf-8"
-        )
+        rounded = json.loads(json.dumps(figures, default=float), parse_float=lambda x: float(f"{float(x):.4g}"))
+        path.write_text(json.dumps(rounded) + "\n", encoding="utf-8")
+
+
+def judge(name: str, values: list[float], figures: list[dict]) -> str:
+    """The rules for the run at the paper's ratio of rank to width: on all seeds alike, or not decidable."""
+    low, high = min(values), max(values)
+    nulls = [f.get(f"{name} null", f.get(f"{name} chance", 0.0)) for f in figures]
+    rules = {  # when it is confirmed, and when contradicted
+        "matrix cosine": (low >= 0.97 and low > max(nulls), high <= min(nulls)),
+        "column cosine": (low >= 0.85 and low > max(nulls), high <= min(nulls)),
+        "matrix Spearman": (low >= 0.9, high < 0.7),
+        "within R, full": (low > max(*nulls, 0.2), high <= 0.2),
+        "cosine of φ(G), φ(X) − of φ(R), φ(G)": (low > 0, high < 0),  # Figures 8 and 9
+        "spread of log φ, before / after step 160": (low > 1, high < 1),  # Figure 10
+        "level R/G": (high < min(nulls), low >= max(nulls)),  # predicted here, not by the paper
+        "level R/X": (high < min(nulls), low >= max(nulls)),
+    }
+    yes, no = rules.get(name, (False, False))
+    return "confirmed" if yes else "**contradicted**" if no else "not decidable here" if name in rules else ""
+
+
+def table(runs: list[str], seeds: list[int]) -> str:
+    """A row for each figure, with its mean and deviation over the seeds; a column for each run."""
+    paths = {seed: stored.RESULTS.with_name(f"similarity-seed{seed}.json") for seed in seeds}
+    for seed, path in paths.items():
+        if all(load(run, seed) for run in runs):
+            reduce_seed(runs, seed, path)
+    figures = [json.loads(path.read_text(encoding="utf-8")) for path in paths.values() if path.exists()]
+    if not figures:
+        return "Not run."
+    head = ["figure", "paper, 60M", *(run.removeprefix("fira-") for run in runs), "verdict, svd-r32"]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for name in [name for name, value in figures[0]["fira-svd-r32"].items() if not isinstance(value, list)]:
+        cells = []
+        for run in runs:
+            values = [f[run][name] for f in figures if math.isfinite(f[run].get(name, math.nan))]
+            spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.4g}{spread}" if values else "")
+        ours = [f["fira-svd-r32"] for f in figures]
+        verdict = judge(name, [f[name] for f in ours], ours)
+        lines.append(f"| {name} | {PAPER_60M.get(name, '')} | {' | '.join(cells)} | {verdict} |")
+    seen = " ".join(str(seed) for seed in seeds if paths[seed].exists())
+    return f"Seeds {seen}, mean ± deviation. {LEGEND}\n\n" + "\n".join(lines)

@@ -1,5 +1,5 @@
 """The stored runs, and what decides a run's numbers as one hash: the code's syntax trees without comments, docstrings
-and annotations."""
+and annotations. The loop in train.py, `train`, is not in it: mind the order of its steps."""
 
 import ast
 import hashlib
@@ -27,6 +27,7 @@ WITHOUT = {
     "hugging_face",
 }
 ONLY = {"batch", "build", "schedule", "evaluate", "METHODS", "PAPER", "SMALL", "RANKS", "TRAINING", "EVAL_TOKENS"}
+ONLY |= {"GROUP_FLAGS"}
 
 
 class Arithmetic(ast.NodeTransformer):
@@ -48,15 +49,17 @@ class Arithmetic(ast.NodeTransformer):
         return ast.Pass()
 
 
+def names(node: ast.stmt) -> set[str]:
+    """What a statement defines or changes: `f` of a function, A and B of `A, B = 1, 2`, C of `C |= 3`."""
+    targets = getattr(node, "targets", [getattr(node, "target", node)])
+    return {getattr(x, "name", getattr(x, "id", "")) for t in targets for x in getattr(t, "elts", [t])}
+
+
 def code_hash(flags: str = "") -> str:
     """The hash of the arithmetic of fira.py, model.py and train.py, and of the changes that the flags name."""
     words = flags.split()
     trees = {name: ast.parse(Path(name).read_text(encoding="utf-8")) for name in ("fira.py", "model.py", "train.py")}
-    body = trees["train.py"].body
-    named = {
-        id(t): getattr(n, "name", None) or getattr(t, "id", None) for n in body for t in getattr(n, "targets", [n])
-    }
-    trees["train.py"].body = [n for n in body if any(named[id(t)] in ONLY for t in getattr(n, "targets", [n]))]
+    trees["train.py"].body = [node for node in trees["train.py"].body if names(node) & ONLY]
     patches = {word.split("=")[0] for word in words if word[0] != "-"} - {"record", "every_step"}  # which only look
     if "--variant" in words or "inside" in patches:
         variant = words[words.index("--variant") + 1] if "--variant" in words else "variants/inner.py"
@@ -71,15 +74,19 @@ def code_hash(flags: str = "") -> str:
 
 
 def interval(differences: list[float]) -> tuple[float, float]:
-    """The mean of paired differences, and half the width of its 95 % interval by Student's t (inf for a single one)."""
+    """The mean of paired differences, and half the width of its 95 % interval by Student's t: inf for a single one, or
+    where one diverged."""
+    if len(differences) < 2 or not math.isfinite(sum(differences)):
+        return statistics.mean(differences), math.inf
     n, t_975 = len(differences), (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-    half = t_975[n - 2] * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.inf
-    return statistics.mean(differences), half
+    return statistics.mean(differences), t_975[n - 2] * statistics.stdev(differences) / math.sqrt(n)
 
 
 def load(run: str, seed: int) -> dict | None:
+    """A stored run; None if there is none, or if its name stands for other flags by now."""
     path = RESULTS / f"{run}-seed{seed}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return result if result.get("flags") == RUNS.get(run, "") else None
 
 
 def kept(run: str, seed: int) -> bool:
