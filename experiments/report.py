@@ -16,6 +16,7 @@ OVERVIEW = {  # the columns of the first table, and what marks a row of each
     "confirmed": "| confirmed",
     "contradicted": "**contradicted**",
     "not seen": "not seen",
+    "between": "above chance, below",
     "not decidable": "not decidable",
     "not run": "not run |",
 }
