@@ -64,7 +64,7 @@ def fira_update(
         rest_sq = G_norms.square().addcmul_(R_norms, R_norms, value=k * k - 2 * k)  # (n,)
         rest_sq.masked_fill_(rest_sq <= 9 * torch.finfo(rest_sq.dtype).eps * R_norms.square(), 0.0)  # that is rounding
         norm = torch.dot(phi.square(), rest_sq).sqrt()  # ‖S‖
-        s = (gamma * (prev_norm + 1e-8) / norm).clamp(max=1).where(norm.isfinite(), 0.0)  # S = 0: 1; an overflow: 0
+        s = (gamma * (prev_norm + 1e-8) / norm).clamp(max=1).where(norm.isfinite(), 0.0)  # 1 where S = 0; 0 on overflow
         prev_norm.copy_(torch.where(s * norm > 0, s * norm, prev_norm))  # a stored 0 would hold S down for long
         # 3. The update.
         outside = b * s * step_size * phi  # (n,)
@@ -119,7 +119,7 @@ class Fira(torch.optim.Optimizer):
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,  # with a rank, added to √V before the bias correction, as in the authors' release
-        weight_decay: float = 0.0,  # decoupled; with a rank, after the update, as there
+        weight_decay: float = 0.0,  # decoupled (torch's AdamW: 0.01); with a rank, after the update, as there
         *,
         maximize: bool = False,
         rank: int | None = None,  # r; None is AdamW
@@ -198,7 +198,7 @@ class Fira(torch.optim.Optimizer):
         dtype, r = torch.promote_types(p.dtype, torch.float32), group["rank"]  # a bfloat16 V would not decay by 0.999
         if r is None:
             step = torch.zeros((), dtype=torch.float32, device=p.device)
-            return {"step": step} | Fira.new_moments(self, torch.empty_like(p, dtype=dtype))
+            return {"step": step} | Fira.new_moments(self, torch.empty_like(p, dtype=dtype))  # not a subclass's
         W = oriented(p, group["proj_type"])
         R = torch.empty_like(W, dtype=dtype)
         state = {"step": 0, "prev_norm": p.new_full((), math.inf, dtype=dtype)}
@@ -221,7 +221,7 @@ class Fira(torch.optim.Optimizer):
             P = state["projection"].to(G) if state["chosen"] else None
             return self.find_projection(G, P, state["step"], group)
 
-        # On CPUs a matrix for each core, since on one matrix LAPACK gains little from a second.
+        # On CPUs a thread for each matrix, begun by set_num_threads(1): on one, LAPACK gains little from a second core.
         with ThreadPoolExecutor(threads := torch.get_num_threads(), "", torch.set_num_threads, (1,)) as pool:
             found = (pool.map if all(p.device.type == "cpu" for p, _ in due) else map)(find, due)
         torch.set_num_threads(threads)  # or all threads to come would start with 1
@@ -234,7 +234,7 @@ class Fira(torch.optim.Optimizer):
         if group["proj_method"] == "random":  # on the CPU, seeded by the step: the same on every device and process
             shape, generator = (len(G), group["rank"]), torch.Generator().manual_seed(step)
             return torch.linalg.qr(torch.randn(shape, dtype=G.dtype, device="cpu", generator=generator)).Q.to(G)
-        if group["proj_method"] == "svd" or P is None or not (Y := G.T @ P).any():  # from a P without G, none is found
+        if group["proj_method"] == "svd" or P is None or not (Y := G.T @ P).any():  # GᵀP = 0: P leads to no other
             return singular_vectors(G, group["rank"])
         Q = torch.linalg.qr(G @ Y).Q  # a step of subspace iteration towards them
         return Q @ singular_vectors(Q.T @ G, group["rank"])  # Adam works elementwise: vectors, not just their span
@@ -296,8 +296,8 @@ def check_group(group: dict) -> None:
         ("update_proj_gap", 0 < group["update_proj_gap"] == group["update_proj_gap"] // 1, "a whole number above 0"),
         ("alpha", 0 < group["alpha"] < math.inf, "finite and above 0"),
         ("gamma", group["gamma"] is None or group["gamma"] >= 1, "at least 1, or None for no limiter"),
-        ("only_scaling", not group["only_scaling"] or group["scaling"], "False where scaling is None"),
-        *((name, group[name] in some, f"one of {some}") for name, some in CHOICES.items()),
+        ("only_scaling", group["only_scaling"] in (0, bool(group["scaling"])), "False where scaling is None; a bool"),
+        *((k, group[k] in some, f"one of {some}") for k, some in [*CHOICES.items(), ("maximize", (True, False))]),
         *((name, name not in group, f"called {ours!r} for Fira") for name, ours in PEERS.items()),
     ):
         if not holds:
@@ -305,7 +305,7 @@ def check_group(group: dict) -> None:
     group["rank"] = group["rank"] and int(group["rank"])  # numpy's would not load again with weights_only=True
     for p in group["params"]:
         if not p.is_floating_point() or group["rank"] and (p.dim() != 2 or hasattr(p, "placements")):  # of a DTensor
-            advice = "whole matrices only in a group with a rank (FSDP splits them: use DistributedDataParallel)"
+            advice = "whole matrices only with a rank: see param_groups (FSDP splits them: use DistributedDataParallel)"
             raise ValueError(f"{name_of(p, group)}: Fira takes real numbers only, and {advice}")
 
 

@@ -42,7 +42,7 @@ class ModelConfig:
     d_ff: int | None = 352  # width inside the MLP; None: 4 d_model
     n_heads: int = 4
     n_layers: int = 4
-    # What other checkpoints may have; None: as in the presets
+    # What other checkpoints may have; None: what LLaMA, or GPT-2, has
     n_kv_heads: int | None = None  # K: fewer than n_heads is grouped-query attention
     head_dim: int | None = None  # D: d_model / n_heads
     n_positions: int | None = None  # that the weights were made for, of which block_size are used

@@ -366,7 +366,7 @@ def test_neither_the_layout_in_memory_nor_16_bits_change_a_step(weight, gradient
     optimizer = Fira([p], lr=0.1, rank=rank)
     for i in range(3):
         G = LAYOUTS[gradient]().to(dtype)
-        G[:, :1] = torch.arange(4.0).reshape(4, 1) - i  # and so the others, where they are one
+        G[:, :1] = torch.arange(4.0).square().reshape(4, 1) - i  # and so the others, where they are one; no R is 0
         p.grad, same.grad = G, G.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         same.data.copy_(p.detach())  # of 16 bits
         optimizer.step(), twin.step()
@@ -595,7 +595,7 @@ def test_a_state_loads_into_another_precision_between_the_users_hooks():
 
 BAD = {"lr": (-1.0, math.nan), "betas": ((0.9, 1.0), (-0.1, 0.9)), "eps": (-1e-8,), "weight_decay": (-1.0,)}
 BAD |= {"rank": (0, -3, 2.5), "update_proj_gap": (0, 1.5), "alpha": (0.0, math.inf, math.nan), "gamma": (0.5, math.nan)}
-BAD |= {"scaling": ("row",), "proj_type": ("up",), "proj_method": ("qr",), "alpha_mode": ("new",)}
+BAD |= dict.fromkeys(("scaling", "proj_type", "proj_method", "alpha_mode", "only_scaling", "maximize"), ("no",))
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD.items() for value in values], ids=str)

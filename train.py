@@ -63,7 +63,8 @@ GROUP_FLAGS = ("rank", "update_proj_gap", "alpha", "alpha_mode", "proj_method", 
 CHANGEABLE = "name steps eval_interval device threads compile checkpointing temperature".split()
 MENDABLE = (InputError, OSError, ValueError, FloatingPointError, MemoryError)
 LOG_INTERVAL, EVAL_TOKENS, SAMPLE_TOKENS, TOP_K = 10, 2**17, 400, 50  # steps; of validation; of a sample; its choices
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(k) or d) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # which sets all three; a RANK alone is somebody else's
+RANK, WORLD, LOCAL_RANK = (int(os.environ[k]) for k in TORCHRUN) if os.environ.get("LOCAL_RANK") else (0, 1, 0)
 STOP = []  # the signals that came: the loop saves and ends after the step at hand
 
 
@@ -113,22 +114,22 @@ class Config:
                 raise InputError(f"--{name} {value} must be from {low} to 1e9")
         if self.init_from and self.model != Config.model:
             raise InputError("--model goes without --init_from, which brings its own")
-        if self.layerwise and (self.grad_accum or 1, self.grad_clip, WORLD) != (1, 0, 1):
-            raise InputError("--layerwise frees each gradient at once: not with --grad_accum, --grad_clip or torchrun")
         (lr, setting), usual = METHODS[self.optimizer], TRAINING["pretrained" if self.init_from else self.model]
+        if self.layerwise and (self.grad_accum or usual["grad_accum"], self.grad_clip, WORLD) != (1, 0, 1):
+            raise InputError("--layerwise frees each gradient at once: --grad_accum 1, no --grad_clip, no torchrun")
         if (batch_size := self.batch_size or usual["batch_size"]) % WORLD:
             raise InputError(f"--batch_size {batch_size} must be a multiple of the {WORLD} processes")
         gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["mps"] * torch.backends.mps.is_available()
-        there = [*gpus, "cpu"]
-        device = f"cuda:{LOCAL_RANK}" if self.device == "cuda" else self.device or there[min(LOCAL_RANK, len(gpus))]
-        if device not in there:
+        device = self.device or (gpus or ["cpu"])[0].removesuffix(":0")
+        device = f"cuda:{LOCAL_RANK}" if device == "cuda" else device
+        if device not in (there := [*gpus, "cpu"]):
             raise InputError(f"no device {device!r} here, only {', '.join(there)}")
         steps = self.steps or usual["steps"]
         parts = Path(self.init_from or self.model).name, Path(self.data).stem, Path(self.variant or self.optimizer).stem
         defaults = usual | (setting or {}) | {"lr": lr / 10 if self.init_from else lr}
         defaults |= {"eval_interval": min(1000, max(1, steps // 8)), "name": f"{'-'.join(parts)}-seed{self.seed}"}
         defaults["precision"] = "amp" if device.startswith("cuda") else "fp32"
-        return replace(self, device=device, **{k: v for k, v in defaults.items() if vars(self).get(k, 0) is None})
+        return replace(self, device=device, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
 
     @property
     def folder(self) -> Path:
@@ -314,17 +315,15 @@ def train(config: Config, checkpoint: dict | None = None) -> None:
 def begin(config: Config, meta: dict, optimizer: Fira, log: list[dict]) -> sqlite3.Connection:
     """Say what is trained, and keep other processes out of the run's folder until this one ends, however it ends."""
     ranks = [(group["rank"] or 0, min(p.shape)) for group in optimizer.param_groups for p in group["params"]]
-    low, wide = sum(0 < r < short for r, short in ranks), sum(r >= short for r, short in ranks)
-    kinds = f"{low} matrices at rank {config.rank}, " * bool(low) + f"{len(ranks) - low - wide} others AdamW"
+    low, narrow = sum(0 < r < short for r, short in ranks), sum(r >= short for r, short in ranks)
+    kinds = f"{low} matrices at rank {config.rank}, " * bool(low) + f"{len(ranks) - low - narrow} others AdamW"
     count, step = sum(p.numel() for g in optimizer.param_groups for p in g["params"]), log[-1]["step"] if log else 0
     say(f"data       {meta['name']}: {meta['source']}, {meta['train_tokens']:,} tokens")
     say(f"model      {config.init_from or config.model}: {count:,} parameters, context {config.block_size}")
     say(f"optimizer  {config.variant or config.optimizer}, lr {config.lr:g}: {kinds}")
     say(f"run        {config.folder}, step {step} of {config.steps} ({config.device}, {config.precision})")
-    if METHODS[config.optimizer][1] is not None and (wide or not low):
-        say(f"note       {low} matrices have a subspace; {wide} are not wider than --rank {config.rank}")
-    if not importlib.util.find_spec("matplotlib"):
-        say('note       no pictures without matplotlib: pip install -e ".[plot]"')
+    if (config.variant or METHODS[config.optimizer][1] is not None) and (narrow or not low):
+        say(f"note       {low} matrices have a subspace; {narrow} are not wider than --rank {config.rank}")
     if config.model == "nano" and not config.init_from and config.steps < 1500:
         say("note       the learning rates are tuned for 1,500 steps, not for fewer")
     config.folder.mkdir(parents=True, exist_ok=True)
@@ -347,6 +346,9 @@ def sample(model: Transformer, tokenizer, prompt: str, config: Config) -> str:
 
 def compare(folders: list[Path]) -> None:
     """The table and the picture of runs, finished or not: validation losses, and training losses pale."""
+    if missing := [folder.name for folder in folders if not (folder / "config.json").exists()]:
+        near = difflib.get_close_matches(missing[0], [p.parent.name for p in Path("out").glob("*/config.json")], 3, 0)
+        raise InputError(f"no run {missing[0]!r}; the nearest runs: {', '.join(near) or 'none'}")
     configs = [json.loads((folder / "config.json").read_text()) for folder in folders]
     logs = [[json.loads(x) for x in (f / "log.jsonl").read_text().splitlines() if x[-1:] == "}"] for f in folders]
     differ = [k for k in configs[0] if k not in CHANGEABLE and len({str(config.get(k)) for config in configs}) > 1]
@@ -354,10 +356,10 @@ def compare(folders: list[Path]) -> None:
     say(f"{'':30} {'step':>6} {'val loss':>8} {'bits/byte':>9} {'state bytes':>13} {'ms/step':>8}")
     row = "{:30} {step:6} {val_loss:8.4f} {bits_per_byte:9.4f} {state_bytes:13,} {:8.1f}"
     for label, log in zip(labels, logs):
-        for entry in [entry for entry in log if "val_loss" in entry][-1:]:
-            say(row.format(label, np.median([e["ms_per_step"] for e in log]), **entry))
+        evaluated, speed = [e for e in log if "val_loss" in e], [e["ms_per_step"] for e in log]
+        say(row.format(label, np.median(speed), **evaluated[-1]) if evaluated else f"{label:30} not yet evaluated")
     if not importlib.util.find_spec("matplotlib"):
-        return
+        return say('note       no pictures without matplotlib: pip install -e ".[plot]"')
     from matplotlib.figure import Figure
 
     axes = Figure(figsize=(7, 4.5), layout="constrained").add_subplot(xlabel="step", ylabel="loss (pale: training)")
@@ -386,7 +388,7 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     pattern = r"^    (\w+): (\w+).* = (.*)  # (.*)$"
-    for name, kind, default, text in re.findall(pattern, Path(__file__).read_text("utf-8"), re.M):
+    for name, kind, default, text in re.findall(pattern, Path(__file__).read_text("utf-8"), re.M):  # of Config
         options = {"type": {"int": int, "float": float}.get(kind, str), "metavar": kind.upper()}
         options |= {"nargs": "+"} if name == "optimizer" else {}
         text += "" if default in ("None", "False") else f" (default {default})"
@@ -421,9 +423,9 @@ def main() -> None:
                 if resume:
                     config, checkpoint = read_run(config, given)
                 else:  # an earlier run stays as it is
-                    names, checkpoint = [config.name, *(f"{config.name}-{n}" for n in range(2, 10_000))], None
-                    renamed = (replace(config, name=name) for name in names)
-                    config = next(new for new in renamed if not (new.folder / "ckpt.pt").exists())
+                    first, checkpoint, number = config.name, None, 1
+                    while (config.folder / "ckpt.pt").exists():
+                        config.name = f"{first}-{(number := number + 1)}"
                 train(config, checkpoint)
                 done.append(config.folder)
             except Exception as error:
@@ -437,7 +439,7 @@ def main() -> None:
         sys.exit(128 + max(STOP, default=signal.SIGINT))
     except (*MENDABLE, RuntimeError) as error:
         line = (str(error).splitlines() or [""])[0]
-        if "emory" in repr(error) or "overflowed" in line:  # of CUDA, of the CPU or of Python: three kinds of error
+        if re.search("of memory|allocate|MemoryError|overflowed", repr(error)) and not isinstance(error, InputError):
             line = "out of memory: try a smaller --batch_size (with more --grad_accum), --block_size or --model"
         elif not isinstance(error, MENDABLE):
             raise

@@ -1,4 +1,4 @@
-"""What `python -m experiments.patches record ...` keeps of a run, for `similarity.py`: norms of columns, every 20 steps.
+"""What `python -m experiments.patches record ...` keeps of a run for `similarity.py`: columns' norms, every 20 steps.
 
 Of each column i of each matrix ‖R_i‖, ‖G_i‖, ‖X_i‖ with X = G − P R, and the norms of what Adam makes of R, of G and of
 X. The moments of G and X are shadows, kept beside the training and without effect on it.

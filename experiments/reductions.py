@@ -27,7 +27,7 @@ def find_spikes(losses: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, 
 
 
 def spikes(runs: list[str], seeds: list[int]) -> str:
-    """A table of the spikes of each run, and what Figures 2 and 3 say of them. Step kT + 1 is the first with a new P."""
+    """A table of the spikes of each run, and whether Figures 2 and 3 hold. Step kT + 1 is the first with a new P."""
     counted = np.arange(FIRST, 750)
     chance = 100 * np.mean(counted % T < 10)
     head = f"share in the 10 steps after a change (chance: {chance:.0f} %)"

@@ -2,15 +2,9 @@
 
     python -m experiments.paper T1              # trains with the recorder, reduces, prints
 
-φ of R, of G and of X = G − P R is ‖what Adam makes of it‖ / ‖it‖, column by column or for a matrix. c_t is left out: it
-is the same for all. From the norms that `recorder.py` keeps come, per seed:
-  matrix, column   φ(R) of a run beside φ of the run at full rank: time means over all steps (the paper's way), over
-                   those after warm-up, or step by step; "null": the 97.5 % point with all items exchanged at random
-  within           Spearman's ρ over the columns of a matrix, the mean over matrices: what scaling by column needs;
-                   its null exchanges columns within their matrix
-  level            the geometric mean of φ(R)/φ(G) and of φ(R)/φ(X). By chance, as with a random P, the first is 1 and
-                   the second √(1 − r/m). "One size" is √(r/m) ‖G‖/‖R‖ or √(r/m) ‖X‖/‖R‖: the level if all entries of
-                   what Adam makes had one size
+φ of R, of G and of X = G − P R is ‖what Adam makes of it‖ / ‖it‖, of a column or of a matrix, from the norms that
+`recorder.py` keeps. c_t is left out: it is the same for all. LEGEND says what the figures are. "By step" is the mean of
+the steps' own coefficients; "one size" is √(r/m) ‖G‖/‖R‖ or √(r/m) ‖X‖/‖R‖.
 """
 
 import json
@@ -26,12 +20,12 @@ from experiments.recorder import EVERY
 from experiments.stored import load
 
 WARMUP = 160  # steps, a little above the 150 of the learning rate
-LEGEND = """φ(R) of each run beside φ of the run at full rank; X is G − P R. Matrix and column: time means over all steps,
-as in the paper; "null" is the 97.5 % point with the items exchanged at random. Within: Spearman's ρ over the columns of
-a matrix. Level: the geometric mean of φ(R)/φ(G) and of φ(R)/φ(X), beside what chance makes of it (a random P) and what
-it would be if all entries of what Adam makes had one size. The prediction, which is not the paper's, is that both lie
-below chance: Fira scales the rest less than Adam would. (Table 1's MSE says nothing more than its cosine: each of its
-eight entries is 2 (1 − cosine) / k for k items, to the digit that is printed.)"""
+LEGEND = """φ(R) of each run beside φ of the run at full rank; X is G − P R. Matrix and column: time means over all
+steps, as in the paper; "null" is the 97.5 % point with the items exchanged at random. Within: Spearman's ρ over the
+columns of a matrix. Level: the geometric mean of φ(R)/φ(G) and of φ(R)/φ(X), beside what chance makes of it (a random
+P) and what it would be if all entries of what Adam makes had one size. The prediction, which is not the paper's, is
+that both lie below chance: Fira scales the rest less than Adam would. (Table 1's MSE says nothing more than its
+cosine: each of its eight entries is 2 (1 − cosine) / k for k items, to the digit that is printed.)"""
 PAPER_60M = {"matrix cosine": 0.9922, "matrix Spearman": 0.9972, "matrix Kendall": 0.9662, "matrix Pearson": 0.9891}
 PAPER_60M |= {"column cosine": 0.9273, "column Spearman": 0.9372, "column Kendall": 0.7942, "column Pearson": 0.8723}
 

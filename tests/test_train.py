@@ -309,7 +309,10 @@ def test_compare_shows_what_differs_and_trains_nothing(capsys, monkeypatch):
     )
     Path("out/b/config.json").write_text("nonsense")
     fails("--compare", "a", "b", says="Expecting value")
-    fails("--compare", "a", "d", says="No such file or directory: 'out/d/config.json'")
+    fails("--compare", "a", "bb", says="no run 'bb'; the nearest runs: b, ")
+    Path("out/a/log.jsonl").write_text('{"step": 10, "loss": 3.0, "ms_per_step": 80.0}\n')  # killed soon
+    runs("--compare", "a", "c")
+    assert re.search(r"^a, optimizer fira, rank 8 +not yet evaluated$", capsys.readouterr().out, flags=re.M)
 
 
 def test_several_optimizers_one_after_the_other(capsys, monkeypatch):
@@ -405,6 +408,8 @@ def test_a_bad_variant_is_one_line(content, says):
         (["--seed", "99999999999999999999999"], "--seed"),
         (["--layerwise", "--grad_accum", "2"], "--layerwise frees each gradient at once"),
         (["--layerwise", "--grad_clip", "1"], "--layerwise frees each gradient at once"),
+        (["--layerwise", "--model", "9m"], "--layerwise frees each gradient at once"),  # whose grad_accum is 16
+        (["--data", "memory.txt"], "no data 'memory.txt'"),  # the word alone is no lack of memory
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -422,7 +427,7 @@ def test_wrong_types_and_unknown_flags_are_one_line(capsys):
 
 
 def test_output_that_is_not_utf8():
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "RANK": "", "WORLD_SIZE": ""}
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "RANK": "abc"}  # not torchrun's
     help = process("--help", env=environment)
     assert help.returncode == 0 and "?, GaLore's factor" in help.stdout and "(default 0.8)" in help.stdout
     for name in train.Config.__dataclass_fields__:
