@@ -30,15 +30,16 @@ def check_1(project):
 
 def check_2(galore_step):
     (m, n, r), state = (8, 12, 3), {}
-    Gs, W = randn(30, m, n, seed=3), 0 * randn(m, n)
-    mine = W, W[:r], W[:r]
+    Gs, W, start = randn(30, m, n, seed=3), randn(m, n), randn(m, n)
+    mine = W, 0 * W[:r], 0 * W[:r]
     for t, G in enumerate(Gs, 1):
         W = naive.fira_step(W, G, state, rank=r, lr=0.01, T=10, scaling=None)
         mine = galore_step(mine[0], G, state["P"], *mine[1:], t)
         own = "is it kept from step to step, without a bias correction in it?"
         same(mine[1], state["M"], f"after step {t} M", f"is the order W, M, V, is it of R, with β₁, and {own}")
         same(mine[2], state["V"], f"after step {t} V", f"is it of R², with β₂, and {own}")
-        times = (mine[0] * W).sum() / W.square().sum()
+        must(mine[0].norm() > 0.1 * start.norm(), "W is the step alone: does it go on from the W that was given?")
+        times = ((mine[0] - start) * (W - start)).sum() / (W - start).square().sum()
         first = f"the first step is {times:.3g} times as long as it should be; c₁ is 0.316 and α 0.25"
         factor = any(abs(times / f - 1) < 1e-3 for f in (0.1**0.5, 10**0.5, 0.25, 4))
         question = (
@@ -50,6 +51,7 @@ def check_2(galore_step):
         must(t > 1 or abs(times - 1) < 0.01, f"{first}: {question}")
         same(mine[0], W, f"after step {t} W", "is ε added to √V alone, does c_t change with t, is all in float64?")
     yield "30 steps with three P's are those of naive.py, to 1e-10"
+    W = 0 * W
     w, options = torch.nn.Parameter(0 * W), {"lr": 0.02, "alpha": 1.0, "beta1": 0.8, "beta2": 0.99, "eps": 1e-30}
     adam, mine, turned = torch.optim.Adam([w], lr=0.02, betas=(0.8, 0.99), eps=1e-30), [0 * W] * 3, [0 * W] * 3
     for t, w.grad in enumerate(Gs, 1):
@@ -97,7 +99,7 @@ def check_4(scaling):
     m, n, r = 8, 12, 3
     N, R = randn(r, n, seed=1), randn(r, n, seed=2)
     phi, want = scaling(N, R).flatten(), N.norm(dim=0) / (R.norm(dim=0) + 1e-8)
-    question = "over which dimension is the norm? (One number for all would be the paper's Fira-matrix.)"
+    question = "over which dimension is the norm? (One for the whole matrix is a variant of the paper's.)"
     must(len(phi) == n, f"φ has {len(phi)} numbers, should have {n}, one for each column: {question}")
     same(phi, want, "φ", "is it ‖Nᵢ‖ / (‖Rᵢ‖ + ε), with the 2-norm?", limit=1e-7)
     zero = scaling(0 * N, 0 * R).flatten()[0]
@@ -128,19 +130,26 @@ def check_5(limit, spike):
         (3.0, 2.0, 1.01, 2.0, 2.0, "‖S‖ fell, so S should stay: what is γ / max(2/3, γ), and what is your factor?"),
         (1.0, 57.3, 1.01, 1.01, 1.01, "which norm do you compare with, and which do you store?"),
         (1.0, 57.3, 2.0, 2.0, 2.0, "do you use `gamma`?"),
-        (3.0, 0.0, 1.01, 0.0, 3.0, "from 0 it takes 1,388 steps until ‖S‖ = 1 may pass. What else could you keep?"),
-        (None, 0.0, 1.01, 0.0, None, "what may ‖S‖ be in the second step?"),
+        (3.0, 0.0, 1.01, 0.0, 3.0, "with which norm should the step after the zeros compare?"),
     ):
         new, kept = limit(norm * S, prev, gamma)
         numbers = 1 if kept is None else torch.as_tensor(kept).numel()
         must(numbers == 1, f"{numbers} numbers were stored, should be one for the matrix: is S returned first?")
-        came = f"‖S_prev‖ {prev}, ‖S‖ {norm}, γ {gamma}: S came out with norm {new.norm():.3g}, and {kept} was stored"
-        limited, right = off(new, out * S) < 1e-6, kept is None if store is None else kept and abs(kept - store) < 1e-6
+        came = f"‖S_prev‖ {prev}, ‖S‖ {norm}, γ {gamma}: S came out with norm {new.norm():.3g}, {kept} was kept"
+        limited, right = off(new, out * S) < 1e-6, kept is not None and abs(kept - store) < 1e-6
         if store == 1.01 and not limited:
             question = "how far may ‖S‖ grow from 1.0 with this γ?"
         elif prev == 3.0 and norm == 2.0 and limited:
             question = "S is right; with which norm should the next step compare?"
-        must(limited and right, f"{came}, should be {out}, in S's direction, and {store}: {question}")
+        elif norm == 0 and kept == 0:
+            question = "from 0 it takes 1,388 steps until ‖S‖ = 1 may pass. What else could you keep?"
+        elif norm == 0 and kept is None:
+            question = "how large may S be in the next step, if that one is a spike?"
+        must(limited and right, f"{came}; should be {out}, in S's direction, and {store}: {question}")
+    kept = limit(0 * S, None)[1]
+    free = limit(5 * S, kept)[0].norm()
+    must(abs(free - 5) < 1e-6, f"at first S = 0: {kept} was kept, and then ‖S‖ = 5 became {free:.3g}: what limits it?")
+    yield "a step of zeros keeps the norm before it; from 0 it would take 1,388 steps until ‖S‖ = 1 may pass"
     P, Gs = basis(8, 3), randn(51, 8, 12, seed=24)
     inside, spiked = P @ (P.T @ Gs[50]), spike(Gs[50], P, 50)
     same(P.T @ spiked, P.T @ inside, "PᵀG after the spike", "which part of G does P see?")
@@ -160,4 +169,4 @@ def check_5(limit, spike):
     outside, whole, usual, limited = (S.norm().item() / before for S in (*Ss, limit(Ss[0], before)[0]))
     free = f"× {outside:.0f} free (× {usual:.1f} in this step without a spike)"
     yield f"what P cannot see times 50: ‖S‖ {free}, × {limited:.2f} with your limiter"
-    yield f"the whole gradient times 50: ‖S‖ × {whole:.1f} free. Why not 50, why not 1?"
+    yield f"the whole gradient times 50: ‖S‖ × {whole:.1f} free. Why not 50, why not 1? (Hint 5.3 has the answer.)"

@@ -33,11 +33,11 @@ def check_7(align, rotate):
     m, n, r = 16, 24, 4
     old, M = basis(m, r, 1), randn(r, n, seed=2)
     new = torch.linalg.qr(old + 0.2 * randn(m, r, seed=3)).Q
-    aligned = align(new * torch.tensor([1, -1, -1, 1]), old)
-    whole = new * (aligned * new).sum(0).sign()
-    same(aligned, whole, "P after align, but for signs of whole vectors,", "what may it do to a vector but reverse it?")
-    against = ((aligned * old).sum(0) < 0).sum()
-    must(not against, f"after align {against} of {r} vectors point against the old one: which dot product decides?")
+    for P in (new * torch.tensor([1, -1, -1, 1]), *(basis(m, r, seed) for seed in range(2, 8))):  # near, and far
+        aligned = align(P, old)
+        whole, against = P * (aligned * P).sum(0).sign(), ((aligned * old).sum(0) < 0).sum()
+        same(aligned, whole, "a vector after align, beside P's or its reverse,", "what may align do but reverse it?")
+        must(not against, f"after align {against} of {r} vectors point against the old one: which dot product decides?")
     kept = align(torch.eye(4).double()[:, 2:], torch.eye(4).double()[:, :2]).abs().sum()
     must(kept == 2, "a vector at a right angle to the old one became 0, should stay: what is sign(0)?")
     turned, best = rotate(M, old, new), torch.linalg.lstsq(new, old @ M).solution
@@ -80,8 +80,10 @@ def check_8(pack, unpack):
         back = unpack(codes, scales, V.shape).double()
         must(back.shape == V.shape, f"V of {tuple(V.shape)} came back as {tuple(back.shape)}: what is `shape` for?")
         lost, grew = ((back == 0) & (V > 0)).double().mean(), ((root + 1e-8) / (back.sqrt() + 1e-8)).max()
-        sentence = f"{lost:.2%} of V came back as 0, and an update grew {grew:.3g}-fold, should never grow"
-        must(grew < 1 + 1e-6, f"{sentence}: which way do you round, is a scale 0, and what is 256 in a byte?")
+        growth = f"{grew:.3g}-fold" if grew > 1.5 else f"by {grew - 1:.2%}"
+        sentence = f"{lost:.2%} of V came back as 0, and an update grew {growth}, should not grow"
+        question = "what is 256 in a byte?" if n == 3 else "which way do you round, is a scale 0, is 255 the largest?"
+        must(grew < 1 + 1e-6, f"{sentence}: {question}")
         must((back[V == 0] == 0).all(), "a zero did not come back as zero: what should its code be?")
         for x, y in zip(root.flatten().split(256), back.sqrt().flatten().split(256)):
             error = (y - x).abs().max() / x.max().clamp(min=1e-30)
@@ -95,13 +97,19 @@ def check_8(pack, unpack):
 def check_9(rank_for, ranks_within):
     G = basis(6, 6) * torch.tensor([4, 3, 2, 1, 0.5, 0.25], dtype=torch.float64) @ basis(8, 6, seed=1).T
     for X, q, r in ((X, q, r) for X in (G, G.T) for q, r in ((0.5, 1), (0.9, 3), (0.99, 5), (1.0, 6))):
+        must(rank_for(X, q) is not None, f"rank_for returned None for q = {q}: what if the last energy is 0.9999999?")
         came = f"singular values 4, 3, 2, 1, 0.5, 0.25, q = {q}: rank {rank_for(X, q)}, should be {r}"
-        must(rank_for(X, q) == r, f"{came}: is the energy a sum of σ, or of σ²; divided by what?")
+        question = "is yours a sum of σ, or of σ², and which rank is the first that is enough?"
+        must(rank_for(X, q) == r, f"{came} (ranks 1 to 4 hold 0.528, 0.825, 0.957, 0.990): {question}")
+    even = rank_for(torch.eye(4, dtype=torch.float64), 0.5)
+    must(even == 2, f"four equal singular values, q = 0.5: rank {even}, should be 2: is just enough enough?")
     Gs = [G, *(randn(12, n, seed=n) @ randn(n, n, seed=n + 1) for n in (12, 20, 40))]
     for X in (*Gs, basis(9, 6)):
         ranks = [int(rank_for(X, q / 100)) for q in range(1, 101)]
-        fine = ranks == sorted(ranks) and 1 <= ranks[0] and ranks[-1] <= min(X.shape)
-        must(fine, f"q from 0.01 to 1 gives ranks {ranks} of {tuple(X.shape)}: which r is the smallest that is enough?")
+        of, most = f"of {tuple(X.shape)}", min(X.shape)
+        must(ranks[-1] <= most, f"q = 1 gives rank {ranks[-1]} {of}: what if the last energy is 0.9999999?")
+        fine = ranks == sorted(ranks) and 1 <= ranks[0]
+        must(fine, f"q from 0.01 to 1 gives ranks {ranks} {of}: which r is the smallest that is enough?")
     yield "singular values 4, 3, 2, 1, 0.5, 0.25: q = 0.5, 0.9, 0.99 give 1, 3, 5; the rank grows with q"
 
     def cost(ranks):
@@ -112,8 +120,9 @@ def check_9(rank_for, ranks_within):
     for budget in (cost(by_q[-1]), cost(by_q[9]), cost(by_q[9]) - 1, 1500):
         came, best = [int(r) for r in ranks_within(list(Gs), budget)], [x for x in by_q if cost(x) <= budget][-1]
         sentence = f"{cost(came):,} numbers for ranks {came}, should be {cost(best):,} of {budget:,} for {best}"
-        must(cost(came) <= budget, f"{sentence}: is the limiter's one number counted?")
-        must(came == best, f"{sentence}: is your q the largest?")
+        must(cost(came) <= budget, f"{sentence}: is it of the last q that fits, and all of `numbers` counted?")
+        question = "do all ranks come from one q?" if cost(came) > cost(best) else "is your q the largest?"
+        must(came == best, f"{sentence}: {question}")
     yield f"{', '.join(str(tuple(X.shape)) for X in Gs)} within {budget:,} numbers: ranks {best}"
     try:
         came = ranks_within(list(Gs), cost([1] * len(Gs)) - 1)
@@ -129,8 +138,8 @@ def check_10(similarity):
     want, median = 1 - 6 * (a - b).square().sum() / (201**3 - 201), (x / y).median()  # Spearman's own formula
     rho, level = similarity(x, y)
     question = "do you correlate places in the order? (argsort once gives the number of each place.)"
-    must(abs(rho - want) < 1e-10, f"rho is {rho:.4f}, should be {want:.4f}: {question}")
-    must(abs(level - median) < 1e-10, f"level is {level:.3f}, not {median:.3f}: is it the median of low / full?")
+    must(abs(rho - want) < 1e-4, f"rho is {rho:.4f}, should be {want:.4f}: {question}")  # float32 will do
+    must(abs(level - median) < 1e-4, f"level is {level:.3f}, not {median:.3f}: is it the median of low / full?")
     yield "a vector and 0.4 times itself: rho {:.3f}, level {:.2f}: rho is blind to it".format(*similarity(0.4 * x, x))
     for step, *phi in phis():
         rho, level = similarity(*map(torch.cat, phi))

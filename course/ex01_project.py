@@ -1,4 +1,4 @@
-"""Exercise 1: see a gradient from a subspace (10 minutes).
+"""Exercise 1: see a gradient from a subspace (15 minutes).
 
 Adam remembers two numbers for every weight. GaLore and Fira remember them only for R, the gradient as it is seen from
 a subspace of r dimensions. This exercise makes that subspace.
@@ -13,7 +13,8 @@ PR is then the best approximation of G that has rank r. What part of G it keeps 
 If G is tall (m > n), project the other side, which is now the short one: P (n×r) holds the leading right singular
 vectors, R = GP (m×r), and R Pᵀ stands for PR. The short side makes P small. For a square G take the left side.
 
-Before you write: G is 6×10 of random numbers and r = 3. Does PR keep less than half of the energy, half, or more?
+Before you write: G is 6×10 of random numbers and r = 3. Does PR keep less than half of the energy, half, or more? (The
+checks give float64 and compare to 1e-10: change no dtype.)
 
     python course/check.py 1            check your function
     python course/check.py 1 --hint     the first of three hints; --hint 2 and --hint 3 are the others

@@ -12,8 +12,7 @@ t counts from 1. c_t is Adam's bias correction: it stands with the learning rate
 N. P brings N back to the size of W; α = 0.25 is GaLore's own factor. P stays for T steps and is then chosen anew, but
 your function need not know: it takes the P that it is given.
 
-How large is the state? M and V have r·n numbers each and P has m·r; Adam keeps 2·m·n. At m = n = 512 and r = 128 that
-is 196,608 against 524,288.
+How large is the state? You count it in exercise 6; see for now that nothing here but W, G and P N is as large as W.
 
 Before you run the check: let r = m, so that nothing of G is lost. Is GaLore with α = 1 then Adam, for every P?
 """

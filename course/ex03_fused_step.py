@@ -1,4 +1,4 @@
-"""Exercise 3: the same update with two products and no large temporary (20 minutes).
+"""Exercise 3: the same update with two products and no large temporary (30 minutes).
 
 Fira adds to GaLore's update what P cannot see, each column i of it scaled by a number φᵢ:
 
@@ -10,7 +10,8 @@ temporaries are what undoes the memory that was saved. But φ has one number for
     φ∘(P R) = P (φ∘R)
 
 Use that to write the update with two products, PᵀG and one P(…), and with nothing new as large as W: change W in
-place (`addmm_`, `addcmul_`). What is as large as R, r×n, is small and may be new.
+place (`addmm_`, `addcmul_`; their keywords `alpha` and `value` are factors, not our α). What is as large as R, r×n, is
+small and may be new.
 
 Then show that this depends on the shape of φ. Let φ have one number for each *row* of P R. Find P (m×r, orthonormal
 columns), R (r×n) and rows (m numbers) such that rows∘(P R) ≠ P (b∘R), whatever numbers b you give the rows of R.

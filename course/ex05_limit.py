@@ -1,6 +1,6 @@
-"""Exercise 5: the limiter is not gradient clipping (20 minutes).
+"""Exercise 5: the limiter is not gradient clipping (25 minutes).
 
-S = φ∘(G − P R) has no moments that would smooth it. When P is stale, S can be large at once and the loss jumps. Fira
+S = φ∘(G − P R) has no moments that would smooth it. When P is stale, S can grow suddenly, and the loss jumps. Fira
 lets its norm grow by at most the factor γ = 1.01 in a step. It may shrink as it likes:
 
     S ← S · γ / max(‖S‖ / (‖S_prev‖ + 1e-8), γ)
@@ -10,7 +10,7 @@ limiter has. Decide, and the check will ask:
 
     - Which norm is kept for the next step: that of S before, or after it was limited?
     - There was no step before (`prev_norm` is None). What may S be?
-    - A gradient of zeros: S = 0. What is kept? (From 0 to 1 the way is long, though
+    - A gradient of zeros: S = 0. What is kept, and what if it is the first? (From 0 to 1 the way is long, though
       1e-8 is added in every step. Hundreds of steps, or thousands?)
 
 Then make the limiter work: `spike` multiplies what P cannot see of G by a factor, and leaves PᵀG as it is.

@@ -1,4 +1,4 @@
-"""Exercise 6: memory by hand (12 minutes).
+"""Exercise 6: memory by hand (15 minutes).
 
 Count numbers, not bytes (times 4 for float32). For a weight of m×n, Adam keeps two numbers for each of the m·n. Fira
 projects the short side, whichever it is; with m ≤ n and r < m it keeps
@@ -13,7 +13,7 @@ and not 40: the whole ranks below it save memory, the whole ranks above it do no
 
 Before you write: for a square matrix, is that rank a quarter, a half, or two thirds of the side?
 
-    python -m course.ex06_memory        how Adam's state for 24 matrices of 1024×1024 makes this process's peak grow
+    python -m course.ex06_memory        how much the peak memory grows with Adam, 24 matrices of 1024×1024
     python -m course.ex06_memory 64     predict the growth for Fira at rank 64, then run this
 """
 
@@ -55,3 +55,4 @@ if __name__ == "__main__":
     held = [x.numel() * 4 / 1e6 for w in weights for x in optimizer.state[w].values() if isinstance(x, torch.Tensor)]
     print(f"{who}: in three steps the peak grew by {peaks[3] - peaks[0]:.0f} MB, from {peaks[0]:.0f} MB")
     print(f"the state holds {sum(held):.0f} MB: if the peak grew by more, what else was there for a moment?")
+    # (Fira's first step also makes Gram matrices and their eigenvectors, to choose P.)

@@ -6,7 +6,7 @@ what it does depends on the vectors themselves, not only on the space that they 
 An SVD does not even fix the vectors: −u serves as well as u, and which one you get depends on the library, its version
 and the machine. If a vector flips, its row of R flips, but its row of M does not. Two remedies:
 
-    align     turn each new vector that points against the one it replaces (dot product below 0);
+    align     flip the sign of each new vector that points against the one it replaces (dot product below 0);
               M and V stay as they are
     rotate    leave the vectors, and carry M over: P_old M is a matrix in the full space; find the M_new for
               which P_new M_new is as near to it as can be, min ‖P_new M_new − P_old M‖

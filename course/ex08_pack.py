@@ -1,18 +1,20 @@
-"""Exercise 8: eight bits for V (30 minutes).
+"""Exercise 8: eight bits for V (40 minutes).
 
-M and V can be kept in one byte a number. Take blocks of 256 numbers; keep for each its largest size as a float32, the
-scale, and for each number a code from 0 to 255. For M that is easy, and written below: a code is M/scale in 127
-steps of the same size each way, to nearest.
+M and V can be kept in one byte a number. Take blocks of 256 numbers; keep for each block its largest absolute value as
+a float32, the scale, and for each number a code, a whole number. For M that is easy, and written below: -127 to 127,
+M/scale × 127 rounded to nearest. For V it is 0 to 255.
 
 V is another matter. Adam divides by √V + ε. Done to V like to M, more than a tenth of V becomes 0: what does the
-update M / (√V + ε) become there, with ε = 1e-8? It is not enough that V is near: √V must be, and on the safe side.
+update M / (√V + ε) become there, with ε = 1e-8? It is not enough that V is near: √V must be, and never below the true
+one.
 
 Write `pack` and `unpack` for V (no number is negative) so that
 
     - V comes back with √V off by at most √scale / 255,
-    - it never comes back smaller than it was, so that no update grows,
+    - it never comes back smaller than it was (but for a scale's own rounding), so that no update grows,
     - zeros, also blocks of nothing but zeros, come back as zeros,
-    - codes are uint8, as many as V has numbers, and scales float32, one for each block (the last may be shorter).
+    - codes are uint8, as many as V has numbers (unlike pack_M, cut off what `blocks` adds to the last block, and add it
+      again in unpack), and scales float32, one for each block.
 
 Rounding up just above a whole number is where this can go wrong: what is 255 × 1.0000001, rounded up, in a byte? (A
 float32 scale can lie just below the float64 that it was.)

@@ -1,11 +1,11 @@
-"""Exercise 9: which rank for which layer? (35 minutes)
+"""Exercise 9: which rank for which layer? (45 minutes)
 
 One rank for all matrices is a guess. Some gradients have a few large singular values, others many. Look at the energy
 that the first r of them hold, (σ₁² + … + σᵣ²) / (σ₁² + … + σₘ²), and take what is needed:
 
     rank_for(G, q)               the smallest r whose energy is at least q of all; q = 1 means all that is not 0
-    ranks_within(Gs, budget)     a rank for each G, from one q for all: the largest q whose ranks, with `numbers` below,
-                                 cost no more than the budget, in numbers of state; every rank at least 1
+    ranks_within(Gs, budget)     one q for all, and rank_for(G, q) for each G: those of the largest q whose ranks
+                                 together cost, by `numbers` below, no more than the budget
 
 The second is a search: a larger q costs more. (The energies at which any rank jumps are finitely many; or halve an
 interval often enough.) If not even rank 1 everywhere fits the budget, raise ValueError.

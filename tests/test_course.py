@@ -1,5 +1,6 @@
 """The course: unsolved files fail, wrong answers fail with their sentence, right ones pass."""
 
+import math
 import re
 import runpy
 import sys
@@ -191,8 +192,18 @@ def test_right_but_different_answer_passes(number):
         assert list(check.run(number, OTHER))
 
 
-def test_another_basis_of_the_best_space_passes():
+def infinite_limit(S, prev_norm, gamma=1.01):  # no step before is a norm of infinity
+    prev_norm, norm = math.inf if prev_norm is None else prev_norm, S.norm().item()
+    s = min(1.0, gamma * prev_norm / norm) if norm else 1.0
+    return s * S, s * norm or prev_norm
+
+
+def test_another_basis_infinity_and_float32_pass():
     assert list(check.run(1, SimpleNamespace(project=turned_project)))
+    assert list(check.run(5, SimpleNamespace(limit=infinite_limit, spike=other_spike)))
+    places = lambda x: x.argsort().argsort().float()
+    rho = lambda low, full: torch.corrcoef(torch.stack([places(low), places(full)]))[0, 1]
+    assert next(check.run(10, SimpleNamespace(similarity=lambda a, b: (rho(a, b), (a / b).float().median()))))
 
 
 @pytest.mark.parametrize(
@@ -200,11 +211,12 @@ def test_another_basis_of_the_best_space_passes():
     [
         ("def project(G, r):\n    return G.nothing\n", "line 2: AttributeError"),
         ("def project(G, r):\n    exit()\n", "line 2: SystemExit"),
+        ("def project(G, r):\n    return G^2, G\n", "line 2: NotImplementedError: "),
         ("def project(G, r)\n    return G\n", "line 1: SyntaxError"),
         ("import nothing_of_this_name\n", "line 1: ModuleNotFoundError"),
         (
             "def project(G, r):\n    G @ G.T\n",
-            "TypeError: cannot unpack non-iterable NoneType object, with what project returned",
+            "TypeError: cannot unpack non-iterable NoneType object, with what project returned: is a `return` missing?",
         ),
         ("def project(G, r):\n    return G\n", "with what project returned: is it"),
         ("def projekt(G, r):\n    return G\n", "has no attribute 'project', with what project returned"),
