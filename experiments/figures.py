@@ -9,6 +9,7 @@ ranks       the loss by rank
 subspace    the share of the gradient's energy in the subspace, mean φ, and what the limiter does, over the steps
 limiter     how many matrices are limited, by γ
 phi         φ of each matrix, in the subspace and at full rank
+level       how large φ is beside Adam's own, of the whole gradient and of the rest, and what chance would make of it
 heatmap     the same over the steps, matrix by matrix
 trend       over the steps, how alike φ of R is to φ of the whole gradient, of the rest, and of the run at full rank
 spikes      the training loss above AdamW's on the same batches, with and without the limiter
@@ -16,6 +17,7 @@ variance    the variance of φ² by the columns' length
 memory      the state's bytes by model and method, counted
 """
 
+import json
 import statistics
 import sys
 import warnings
@@ -24,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import report
+from experiments import report, stored
 from experiments.claims import CLAIMS
 from experiments.figures_steps import heatmap, limiter, memory, phi, runs, spikes, subspace, trend, variance
 from experiments.stored import chosen
@@ -55,7 +57,7 @@ def losses():
             ax.plot(steps, values.mean(0), color=f"C{i}", linestyle=line, marker=marker, label=label)
             ax.fill_between(steps, values.min(0), values.max(0), color=f"C{i}", alpha=0.2)
             drawn += 1
-    ax.legend(title=f"mean and range over {min(map(len, names.values())) or 'the'} seeds")
+    ax.legend(title=f"mean and range, at least {min(map(len, names.values()))} seeds")
     ax.set_ylim(top=2.0)
     return drawn > 1 and ax
 
@@ -103,8 +105,29 @@ def ranks():
     return drawn and ax
 
 
+def level():
+    paths, x = sorted(stored.RESULTS.parent.glob("similarity-seed*.json")), (8, 32, 64)
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    ax = axes(xlabel="rank (of 128)", ylabel="φ of R / Adam's own φ, geometric mean", ylim=(0, 1.1))
+    for key, name, (line, marker), shade in zip(("R/G", "R/X"), ("whole gradient", "rest"), STYLES, ("0", "0.5")):
+        if found:
+            values = np.array([[f[f"fira-svd-r{r}"][f"level {key}"] for r in x] for f in found])
+            chance = [found[0][f"fira-svd-r{r}"][f"level {key} chance"] for r in x]
+            random = statistics.mean(f["fira-random-r32"][f"level {key}"] for f in found)
+            ends = np.abs(np.stack([values.min(0), values.max(0)]) - values.mean(0))
+            label = f"leading singular vectors, Adam of the {name}"
+            ax.errorbar(x, values.mean(0), ends, color=shade, linestyle=line, marker=marker, capsize=3, label=label)
+            ax.plot(
+                32, random, marker, color=shade, fillstyle="none", markersize=9, label=f"random P, Adam of the {name}"
+            )
+            ax.plot(x, chance, color=shade, linestyle=":", label=f"by chance, {name}")
+    ax.set_xticks(x)
+    ax.legend(fontsize=7)
+    return found and ax
+
+
 def main() -> None:
-    drawings = (losses, ablations, ranks, subspace, limiter, phi, heatmap, trend, spikes, variance, memory)
+    drawings = (losses, ablations, ranks, subspace, limiter, phi, level, heatmap, trend, spikes, variance, memory)
     wanted = sys.argv[1:] or [f.__name__ for f in drawings]
     if unknown := set(wanted) - {f.__name__ for f in drawings}:
         sys.exit(f"error: no figure {', '.join(unknown)}; there are {', '.join(f.__name__ for f in drawings)}")

@@ -51,6 +51,7 @@ def phi():
             ax.plot(full[i::7], means[f"fira-svd-r{r}"][i::7], marker, fillstyle="none", label=kind)
         ax.plot([full.min(), full.max()], [full.min(), full.max()], "k:", linewidth=0.8)
         ax.set(xscale="log", yscale="log", xlabel="φ at full rank", title=f"rank {r} of 128")
+        ax.xaxis.set_minor_formatter("")
     panels[0].set_ylabel("φ in the subspace")
     panels[0].legend(fontsize=7)
     return ax

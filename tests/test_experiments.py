@@ -153,6 +153,7 @@ def test_the_whole_page_and_every_picture_from_made_up_runs(results, tmp_path, m
             keep(run, seed, 1.1 + random.random() / 10, log=figures)
     similar = {f"cosine {pair} by step": [0.5] * 75 for pair in ("R, full", "R, G", "R, X", "G, X")}
     similar |= {"phi of matrices": np.ones((75, 28)).tolist(), "column cosine": 0.9}
+    similar |= {f"level {pair}{chance}": 0.7 for pair in ("R/G", "R/X") for chance in ("", " chance")}
     similar = dict.fromkeys(claims.CLAIMS["T1"]["rows"][0][1].split(), similar)
     stored.RESULTS.with_name("similarity-seed0.json").write_text(json.dumps(similar))
     report.write(tmp_path / "RESULTS.md")
@@ -166,7 +167,7 @@ def test_the_whole_page_and_every_picture_from_made_up_runs(results, tmp_path, m
     figures.main()
     sizes = {path.stem: path.stat().st_size for path in tmp_path.glob("*.png")}
     assert all(f"{name} " in figures.__doc__ for name in sizes)
-    assert len(sizes) == 11 and max(sizes.values()) < 120_000
+    assert len(sizes) == 12 and max(sizes.values()) < 120_000
 
 
 def test_spikes_are_found_above_the_other_runs_loss_on_the_same_batches():
