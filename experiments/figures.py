@@ -122,7 +122,7 @@ def level():
             )
             ax.plot(x, chance, color=shade, linestyle=":", label=f"by chance, {name}")
     ax.set_xticks(x)
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, ncols=2, loc="lower right")
     return found and ax
 
 
