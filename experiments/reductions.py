@@ -18,6 +18,8 @@ def find_spikes(losses: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, 
     the same batches, which takes the batch's own noise out, minus the median of the 51 steps before, where that is over
     6 of its usual deviations. What is at most 5 steps apart is one spike."""
     d = losses - reference
+    if len(d) <= FIRST:  # it diverged before that
+        return np.array([], int), np.array([])
     before = np.median(np.lib.stride_tricks.sliding_window_view(d[:-1], 51), axis=-1)[FIRST - 51 :]
     e = d[FIRST:] - before
     limit = max(0.05, 6 * 1.4826 * np.median(np.abs(e - np.median(e))))
