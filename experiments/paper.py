@@ -57,7 +57,8 @@ def train(run: str, seed: int) -> None:
     flags += ["--seed", str(seed), "--name", str(folder), "--threads", "1", "--device", "cpu"]
     command = ["-m", "experiments.patches", *changes] if changes else ["train.py"]
     code, begun, stamp = code_hash(RUNS[run]), time.time(), folder / "code"
-    if (folder / "ckpt.pt").exists() and not changes and stamp.read_text() == code:
+    same = stamp.exists() and stamp.read_text() == code
+    if (folder / "ckpt.pt").exists() and same and not changes:
         flags.append("--resume")
     elif folder.exists():  # of other code; or a recorder or a generator of noise, which cannot go on in the middle
         shutil.rmtree(folder)
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--plan", action="store_true", help="only print what there is to run")
     parser.add_argument("--write", action="store_true", help="only write experiments/RESULTS.md")
     parser.add_argument("--steps", type=int, default=STEPS, help=argparse.SUPPRESS)  # to try this program
-    args = parser.parse_args()
+    args, failed = parser.parse_args(), []
     if hasattr(os, "nice"):
         os.nice(10)  # the runs, too, let other work go first
     if unknown := set(args.claims) - {"all", *CLAIMS}:
@@ -130,7 +131,6 @@ def main() -> None:
     if args.steps != STEPS:
         stored.OUT, STEPS = Path(f"out/paper-{args.steps}steps"), args.steps
         stored.RESULTS = stored.OUT / "results" / "runs"
-    failed = []
     if args.plan:
         plan()
     for name in CLAIMS if "all" in args.claims else args.claims:
