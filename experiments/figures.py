@@ -42,7 +42,7 @@ def losses():
     ax, drawn = axes(xlabel="step", ylabel="validation loss, nats a byte"), 0
     names = {
         "Fira": runs("default"),
-        "Fira, Algorithm 1": runs("fira-paper"),
+        "Fira, Algorithm 1": runs(chosen("fair", "algorithm1")),
         **{m: runs(chosen("fair", m.lower())) or runs(m.lower()) for m in ("AdamW", "GaLore", "LoRA")},
     }
     for i, (name, found) in enumerate(names.items()):
