@@ -63,23 +63,25 @@ def losses():
 
 
 def ablations():
-    gap, rows = report.gap_here(), []
+    gap, rows, drawn = report.gap_here(), [], []
     for claim in ("T5", "T15", "T3", "T11"):
         for text, a, b, paper in (cells for cells in CLAIMS[claim]["rows"] if cells[0][0] != "!"):
             (x, _), (y, _) = (report.losses(claim, term, CLAIMS[claim]["seeds"]) for term in (a, b))
             both = [seed for seed in x if seed in y]
-            if len(both) > 1 and b == "fira":
+            if len(both) > 1 and b == "fira" and a not in drawn:
+                drawn.append(a)
                 here = report.effect(paper)
                 scaled = here and gap and here * gap[0] / report.PAPER_GAP
                 rows.append((text, *report.interval([x[s] - y[s] for s in both]), scaled))
-    ax = axes(xlabel="difference of validation loss, nats a byte, mean and 95 % interval")
+    ax = axes(xlabel="minus Fira, nats a byte (95 % interval)")
     for i, (_, mean, half, expected) in enumerate(rows):
         ax.errorbar(mean, -i, xerr=half, fmt="o", color="black", capsize=3, label=None if i else "here")
         if expected is not None:
             ax.plot(expected, -i, "D", color="gray", fillstyle="none", label=None if i else "the paper's, scaled")
-    ax.set_yticks([-i for i in range(len(rows))], [row[0] for row in rows], fontsize=8)
+    ax.set_yticks([-i for i in range(len(rows))], [row[0].removesuffix(" − Fira") for row in rows], fontsize=8)
     ax.axvline(0, color="gray", linewidth=0.8)
-    ax.legend()
+    ax.locator_params(axis="x", nbins=5)
+    ax.legend(loc="center right", bbox_to_anchor=(1, 0.7))
     return rows and ax
 
 
