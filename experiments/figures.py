@@ -73,15 +73,16 @@ def ablations():
                 here = report.effect(paper)
                 scaled = here and gap and here * gap[0] / report.PAPER_GAP
                 rows.append((text, *report.interval([x[s] - y[s] for s in both]), scaled))
-    ax = axes(xlabel="minus Fira, nats a byte (95 % interval)")
+    ax = axes(xlabel="minus Fira (α 1/4, lr 0.01), nats a byte, 95 % interval")
     for i, (_, mean, half, expected) in enumerate(rows):
         ax.errorbar(mean, -i, xerr=half, fmt="o", color="black", capsize=3, label=None if i else "here")
         if expected is not None:
-            ax.plot(expected, -i, "D", color="gray", fillstyle="none", label=None if i else "the paper's, scaled")
+            label = None if i else "the paper's, scaled"
+            ax.plot(expected, -i, "D", color="gray", fillstyle="none", zorder=3, markersize=9, label=label)
     ax.set_yticks([-i for i in range(len(rows))], [row[0].removesuffix(" − Fira") for row in rows], fontsize=8)
     ax.axvline(0, color="gray", linewidth=0.8)
     ax.locator_params(axis="x", nbins=5)
-    ax.legend(loc="center right", bbox_to_anchor=(1, 0.7))
+    ax.get_figure().legend(loc="outside lower center", ncols=2, fontsize=8)
     return rows and ax
 
 

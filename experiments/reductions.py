@@ -79,7 +79,7 @@ def curves(runs: list[str], seeds: list[int]) -> str:
         first, half = intervals[0]
         judged = "confirmed" if first > half else "**contradicted**" if first < -half else "not decidable here"
         cells = " | ".join(f"{mean:+.3f} ± {half:.3f}" for mean, half in intervals)
-        lines.append(f"| {run} | {cells} | AdamW is faster at first: {judged} |")
+        lines.append(f"| {run} | {cells} | AdamW leads at step {steps[0]}: {judged} |")
     return "\n".join(lines) or "Not run."
 
 

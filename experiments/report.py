@@ -13,7 +13,7 @@ from experiments.stored import chosen, interval, load
 
 PAPER_GAP, INSENSITIVE = math.log(34.88 / 31.06), 0.01  # GaLore − Fira at 60M in log-perplexity; nats
 OVERVIEW = {  # the columns of the first table, and what marks a row of each
-    "confirmed": "| confirmed",
+    "confirmed": " confirmed",
     "contradicted": "**contradicted**",
     "not seen": "not seen",
     "between": "above chance, below",
