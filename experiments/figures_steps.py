@@ -32,7 +32,7 @@ def subspace():
     for ax, label in ((top, "energy in the subspace"), (middle, "mean φ"), (bottom, "‖S‖")):
         ax.set_ylabel(label)
     middle.set_yscale("log")
-    bottom.set(yscale="log", xlabel="step")
+    bottom.set(yscale="log", xlabel="step (seed 0)")
     bottom.legend()
     return found and bottom
 
@@ -50,7 +50,7 @@ def phi():
         for i, (kind, marker) in enumerate(zip(kinds, "os^Dv<>")):
             ax.plot(full[i::7], means[f"fira-svd-r{r}"][i::7], marker, fillstyle="none", label=kind)
         ax.plot([full.min(), full.max()], [full.min(), full.max()], "k:", linewidth=0.8)
-        ax.set(xscale="log", yscale="log", xlabel="φ at full rank", title=f"rank {r} of 128")
+        ax.set(xscale="log", yscale="log", xlabel="φ at full rank (seed 0)", title=f"rank {r} of 128")
         ax.xaxis.set_minor_formatter("")
     panels[0].set_ylabel("φ in the subspace")
     panels[0].legend(fontsize=7)
@@ -97,7 +97,7 @@ def heatmap():
     for ax, values, title in zip(panels, phis, ("rank 8", "rank 32", "full rank, 128")):
         edges = 20, 20 * values.shape[1], 27.5, -0.5
         image = ax.imshow(values, aspect="auto", cmap="gray", vmin=low, vmax=high, extent=edges)
-        ax.set(title=title, xlabel="step")
+        ax.set(title=title, xlabel="step (seed 0)")
     panels[0].set_ylabel("matrix (7 a block: q, k, v, out, gate, up, down)")
     ax.get_figure().colorbar(image, ax=panels, label="log₁₀ φ")
     return ax
@@ -112,7 +112,7 @@ def trend():
         for pair, style in (("R, full", "k-"), ("R, G", "k--"), ("R, X", "k:"), ("G, X", "k-.")):
             cosines = json.loads(path.read_text())[f"fira-svd-r{r}"][f"cosine {pair} by step"]
             ax.plot(20 * np.arange(1, 1 + len(cosines)), cosines, style, linewidth=0.9, label=f"φ of {pair}")
-        ax.set(title=f"rank {r} of 128", xlabel="step")
+        ax.set(title=f"rank {r} of 128", xlabel="step (seed 0)")
     panels[0].set_ylabel("cosine over all columns")
     ax.legend(title="X = G − P R; full: the run of full rank", fontsize=7)
     return ax
