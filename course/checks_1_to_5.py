@@ -51,7 +51,6 @@ def check_2(galore_step):
         must(t > 1 or abs(times - 1) < 0.01, f"{first}: {question}")
         same(mine[0], W, f"after step {t} W", "is ε added to √V alone, does c_t change with t, is all in float64?")
     yield "30 steps with three P's are those of naive.py, to 1e-10"
-    W = 0 * W
     w, options = torch.nn.Parameter(0 * W), {"lr": 0.02, "alpha": 1.0, "beta1": 0.8, "beta2": 0.99, "eps": 1e-30}
     adam, mine, turned = torch.optim.Adam([w], lr=0.02, betas=(0.8, 0.99), eps=1e-30), [0 * W] * 3, [0 * W] * 3
     for t, w.grad in enumerate(Gs, 1):

@@ -70,8 +70,7 @@ def ablations():
             both = [seed for seed in x if seed in y]
             if len(both) > 1 and b == "fira" and a not in drawn:
                 drawn.append(a)
-                here = report.effect(paper)
-                scaled = here and gap and here * gap[0] / report.PAPER_GAP
+                scaled = gap and report.expected(paper, gap[0])
                 rows.append((text, *report.interval([x[s] - y[s] for s in both]), scaled))
     ax = axes(xlabel="minus Fira (α 1/4, lr 0.01), nats a byte, 95 % interval")
     for i, (_, mean, half, expected) in enumerate(rows):

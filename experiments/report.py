@@ -30,6 +30,12 @@ def effect(paper: str) -> float | None:
     return math.log(a / b)
 
 
+def expected(paper: str, gap: float) -> float | None:
+    """What the paper's difference would be here, in nats, where GaLore − Fira is `gap`; None where it has no number."""
+    here = effect(paper)
+    return None if here is None else here * gap / PAPER_GAP
+
+
 def gap_here() -> tuple[float, float] | None:
     """Our own GaLore − Fira at the paper's settings, which scales its effects, with half its interval."""
     pairs = [(load("galore", seed), load("fira", seed)) for seed in range(10)]
@@ -69,9 +75,9 @@ def losses(claim: str, term: str, seeds: list[int]) -> tuple[dict[int, float], l
 def row(claim: str, cells: list[str], seeds: list[int], gap: tuple[float, float] | None) -> str:
     text, a, b, paper = cells
     (x, used_x), (y, used_y) = losses(claim, a, seeds), losses(claim, b, seeds)
-    scale, low = (gap[0] / PAPER_GAP, max(0.0, gap[0] - gap[1]) / PAPER_GAP) if gap else (math.nan, 0.0)
-    here, both = effect(paper), sorted(x.keys() & y.keys())
-    claimed = f"{paper} | {'' if here is None or not gap else f'{here * scale:+.4f}'}"
+    here, both = gap and expected(paper, gap[0]), sorted(x.keys() & y.keys())
+    least = abs(gap and expected(paper, max(0.0, gap[0] - gap[1])) or 0.0) / 2
+    claimed = f"{paper} | {'' if here is None else f'{here:+.4f}'}"
     if not both:
         return f"| {text} | {claimed} | not run | | | |"
     diverged = [f"{which} diverged with seed {s}" for s in both for which, z in ((a, x), (b, y)) if math.isinf(z[s])]
@@ -81,7 +87,7 @@ def row(claim: str, cells: list[str], seeds: list[int], gap: tuple[float, float]
     mean, half = interval([x[seed] - y[seed] for seed in both])
     ours = f"{mean:+.4f}" + (f" ± {half:.4f}" if math.isfinite(half) else "")
     means = f"{statistics.mean(x[s] for s in both):.4f}, {statistics.mean(y[s] for s in both):.4f}"
-    judged = "; ".join([verdict(mean, half, paper, abs(here or 0) * low / 2), *diverged])
+    judged = "; ".join([verdict(mean, half, paper, least), *diverged])
     return f"| {text} | {claimed} | {ours}{marks(used_x + used_y)} | {means} | {' '.join(map(str, both))} | {judged} |"
 
 
