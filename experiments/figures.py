@@ -14,7 +14,7 @@ heatmap     the same over the steps, matrix by matrix
 trend       over the steps, how alike φ of R is to φ of the whole gradient, of the rest, and of the run at full rank
 spikes      the training loss above AdamW's on the same batches, with and without the limiter
 variance    the variance of φ² by the columns' length
-memory      the state's bytes by model and method, counted
+memory      the state's bytes by model and method beside AdamW's, counted
 """
 
 import json

@@ -49,11 +49,12 @@ def phi():
     for ax, r in zip(panels, (8, 32, 64)):
         for i, (kind, marker) in enumerate(zip(kinds, "os^Dv<>")):
             ax.plot(full[i::7], means[f"fira-svd-r{r}"][i::7], marker, fillstyle="none", label=kind)
-        ax.plot([full.min(), full.max()], [full.min(), full.max()], "k:", linewidth=0.8)
+        ax.plot([full.min(), full.max()], [full.min(), full.max()], "k:", linewidth=0.8, label="equal")
         ax.set(xscale="log", yscale="log", xlabel="φ at full rank (seed 0)", title=f"rank {r} of 128")
         ax.xaxis.set_minor_formatter("")
+        ax.set_xticks([200, 500, 1000], ["200", "500", "1000"])
     panels[0].set_ylabel("φ in the subspace")
-    panels[0].legend(fontsize=7)
+    ax.legend(fontsize=7, loc="lower right")
     return ax
 
 
@@ -134,12 +135,14 @@ def limiter():
 
 
 def memory():
-    ax = Figure(figsize=(7, 4), layout="constrained").add_subplot(yscale="log")
-    methods, sizes = ("AdamW", "LoRA", "GaLore", "Fira"), ("60m", "130m", "350m", "1b", "7b")
-    for i, (method, shade) in enumerate(zip(methods, ("0.2", "0.45", "0.7", "0.95"))):
-        heights = [count(size, method)[2] / 1e9 for size in sizes]
-        ax.bar(np.arange(len(sizes)) + 0.2 * i - 0.3, heights, 0.2, color=shade, edgecolor="black", label=method)
-    ax.set_xticks(range(len(sizes)), [f"{size}\nrank {TRAINING[size]['rank']}" for size in sizes])
-    ax.set_ylabel("state of the optimizer, 1e9 bytes")
+    ax = Figure(figsize=(7, 4), layout="constrained").add_subplot()
+    sizes = ("60m", "130m", "350m", "1b", "7b")
+    adamw = {size: count(size, "AdamW")[2] for size in sizes}
+    for i, (method, shade) in enumerate(zip(("LoRA", "GaLore", "Fira"), ("0.35", "0.65", "0.95"))):
+        shares = [count(size, method)[2] / adamw[size] for size in sizes]
+        ax.bar(np.arange(len(sizes)) + 0.25 * i - 0.25, shares, 0.25, color=shade, edgecolor="black", label=method)
+    labels = [f"{size}, rank {TRAINING[size]['rank']}\n{adamw[size] / 1e9:.2f}e9 bytes" for size in sizes]
+    ax.set_xticks(range(len(sizes)), labels)
+    ax.set(ylabel="optimizer's state / AdamW's", xlabel="model and rank; bytes of AdamW's state")
     ax.legend()
     return ax
