@@ -11,7 +11,7 @@ DEFAULT = "--lr 0.02 --alpha 0.0625"  # the default of train.py: on seeds 0 to 2
 ONLY = "--only_scaling --lr 0.01 --alpha 1"  # at the default α the update would be a quarter of Fira's
 ADAMW = "--optimizer adamw --lr 0.002"
 ALPHAS = ("0.0625", "0.125", "0.25", "0.5", "1")
-NOISES, ADAMW_RATES = ("0.1", "0.5"), ("0.002", "0.01", "0.03")
+ADAMW_RATES, NOISY = ("0.002", "0.01", "0.03"), {"adamw": ADAMW, "only": ONLY, "fira": FIRA}
 RANKS, GAPS = ("2", "8", "32", "64", "128"), ("20", "50", "100", "200", "500")
 PROJECTED = {"fira": "", "galore": " --optimizer galore", "galore-add": " --scaling unit --gamma inf"}
 SPIKES = {"fira": "", "no-limiter": " --gamma inf", "clipping": " --gamma inf --grad_clip 1"}
@@ -54,11 +54,8 @@ RUNS = {
         for k, v in SPIKES.items()
     },
     **{f"spike-lr{lr}-adamw": f"every_step --steps 750 --optimizer adamw --lr {lr}" for lr in ADAMW_RATES},
-    **{
-        f"noise{s}-{k}": f"noise={s} --steps 750 {v}"
-        for s in ("0", *NOISES)
-        for k, v in {"adamw": ADAMW, "only": ONLY, "fira": FIRA}.items()
-    },
+    **{f"noise0-{k}": f"--steps 750 {NOISY[k]}" for k in ("adamw", "only")},  # and T100 is Fira's
+    **{f"noise{s}-{k}": f"noise={s} --steps 750 {v}" for s in ("0.1", "0.5") for k, v in NOISY.items()},
     "noise-blocks0.5-adamw": f"noise_blocks=0.5 --steps 750 {ADAMW}",
     "noise-blocks0.5-only": f"noise_blocks=0.5 --steps 750 {ONLY}",
     "spiked-fira": f"spike=200 --steps 750 {DEFAULT}",
@@ -111,7 +108,7 @@ GRIDS = {
         for m, (flags, values) in TUNED.items()
     },
     "T17": {  # the factor is of the matrices' learning rate: embeddings and head stay AdamW at lr 0.01
-        m: rates(f"adagrad-{m}-", "inside=adagrad,{} " + flags, ("0.3", "1", "3", "10"))
+        m: rates(f"adagrad-{m}-", "inside=adagrad,{} --steps 750 " + flags, ("0.3", "1", "3", "10"))
         for m, flags in (
             ("fira", FIRA),
             ("galore", f"--optimizer galore {FIRA}"),
