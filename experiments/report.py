@@ -86,7 +86,7 @@ def row(claim: str, cells: list[str], seeds: list[int], gap: tuple[float, float]
         return f"| {text} | {claimed} | | | | {'; '.join(diverged)} |"
     mean, half = interval([x[seed] - y[seed] for seed in both])
     ours = f"{mean:+.4f}" + (f" ± {half:.4f}" if math.isfinite(half) else "")
-    means = f"{statistics.mean(x[s] for s in both):.4f}, {statistics.mean(y[s] for s in both):.4f}"
+    means = ", ".join(f"{statistics.mean(z[s] for s in both):.4f}" for z in (x, y) if "+" not in a)  # not sums of runs
     judged = "; ".join([verdict(mean, half, paper, least), *diverged])
     return f"| {text} | {claimed} | {ours}{marks(used_x + used_y)} | {means} | {' '.join(map(str, both))} | {judged} |"
 
