@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from experiments import report, stored
 from experiments.claims import CLAIMS
 from experiments.figures_steps import heatmap, limiter, memory, phi, runs, spikes, subspace, trend, variance
-from experiments.stored import chosen
+from experiments.stored import chosen, load
 
 ASSETS, STYLES = Path("assets"), [("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ((0, (6, 1, 1, 1)), "v")]
 
@@ -87,23 +87,20 @@ def ablations():
 
 def ranks():
     ax, drawn = axes(xlabel="rank (of 128)", ylabel="validation loss, nats a byte", xscale="log"), 0
-    lines = {"fira": "fira-svd-r{}", "galore": "galore-r{}", "only scaling": "only-r{}"}
+    lines = {"Fira": "fira-svd-r{}", "GaLore": "galore-r{}", "only scaling": "only-r{}"}
+    x, seeds = (2, 4, 8, 32, 64, 128), CLAIMS["F5"]["seeds"]
     for (label, name), (line, marker) in zip(lines.items(), STYLES):
-        points = [
-            (r, runs("galore" if (label, r) == ("galore", 32) else name.format(r))) for r in (2, 4, 8, 32, 64, 128)
-        ]
-        points = [(r, [result["val_loss"] for result in found]) for r, found in points if found]
+        found = {r: [load(name.format(r) if (label, r) != ("GaLore", 32) else "galore", s) for s in seeds] for r in x}
+        points = {r: [result["val_loss"] for result in results] for r, results in found.items() if all(results)}
         if len(points) > 1:
-            low, high = ([f(v) for _, v in points] for f in (min, max))
-            x, means = [r for r, _ in points], [statistics.mean(v) for _, v in points]
-            ax.plot(x, means, color="black", linestyle=line, marker=marker, label=label)
-            ax.fill_between(x, low, high, color="gray", alpha=0.3)
+            low, high, mean = ([f(losses) for losses in points.values()] for f in (min, max, statistics.mean))
+            ax.plot(points.keys(), mean, color="black", linestyle=line, marker=marker, label=label)
+            ax.fill_between(points.keys(), low, high, color="gray", alpha=0.3)
             drawn += 1
-    if found := runs("adamw"):
-        value = statistics.mean(result["val_loss"] for result in found)
-        ax.axhline(value, color="gray", linewidth=3, alpha=0.5, label="adamw")
-    ax.set_xticks([2, 4, 8, 32, 64, 128], ["2", "4", "8", "32", "64", "128"])
-    ax.legend()
+    if all(found := [load("adamw", s) for s in seeds]):
+        ax.axhline(statistics.mean(r["val_loss"] for r in found), color="gray", linewidth=3, alpha=0.5, label="AdamW")
+    ax.set_xticks(x, x)
+    ax.legend(title=f"mean and range, {len(seeds)} seeds")
     return drawn and ax
 
 
