@@ -59,21 +59,21 @@ def phi():
 
 
 def spikes():
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    top, bottom = figure.subplots(2, sharex=True)
+    top, bottom = Figure(figsize=(7, 5), layout="constrained").subplots(2, sharex=True)
     reference, drawn = load(REFERENCE, 0), 0
-    for (name, line), shade in zip((("no-limiter", ":"), ("clipping", "--"), ("fira", "-")), ("0.6", "0.35", "0")):
+    runs = {"without limiter": "no-limiter", "clipping at norm 1": "clipping", "with limiter": "fira"}
+    for (label, name), line, shade in zip(runs.items(), (":", "--", "-"), ("0.6", "0.35", "0")):
         if (one := load(f"spike-lr0.03-{name}", 0)) and reference:
             log, n = one["log"], min(len(one["log"]["loss"]), len(reference["log"]["loss"]))
             above = np.array(log["loss"][:n]) - reference["log"]["loss"][:n]
-            top.plot(log["step"][:n], above, line, color=shade, linewidth=0.9, label=name)
+            top.plot(log["step"][:n], above, line, color=shade, linewidth=0.9, label=label)
             bottom.plot(log["step"][: len(log["S_limited"])], log["S_limited"], line, color=shade, linewidth=0.9)
             drawn += 1
-    for step in range(101, 750, 100):
+    for step in range(101, 750, 100):  # the first with a new P
         top.axvline(step, color="gray", linewidth=0.4)
-    top.set(ylabel="loss above AdamW's, nats a byte")
+    top.set(ylabel="loss − AdamW's, nats a byte", ylim=(-0.6, 0.1))
     top.legend(title="lr 0.03, rank 8")
-    bottom.set(yscale="log", xlabel="step", ylabel="‖S‖ after the limiter")
+    bottom.set(yscale="log", xlabel="step (seed 0)", ylabel="‖S‖ that is added")
     return drawn and bottom
 
 

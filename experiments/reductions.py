@@ -13,19 +13,20 @@ REFERENCE = "spike-lr0.002-adamw"
 FIRST, T = 126, 100  # the first step of 750 that counts, 51 after the warm-up of 75; steps between changes of P
 
 
-def find_spikes(losses: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def find_spikes(losses: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """The steps (from 0) at which spikes begin, from FIRST on, and their heights: the loss above another run's on
     the same batches, which takes the batch's own noise out, minus the median of the 51 steps before, where that is over
-    6 of its usual deviations. What is at most 5 steps apart is one spike."""
+    6 of its usual deviations. What is at most 5 steps apart is one spike. And the highest rise, as a share of those 6.
+    """
     d = losses - reference
     if len(d) <= FIRST:  # it diverged before that
-        return np.array([], int), np.array([])
+        return np.array([], int), np.array([]), 0.0
     before = np.median(np.lib.stride_tricks.sliding_window_view(d[:-1], 51), axis=-1)[FIRST - 51 :]
     e = d[FIRST:] - before
     limit = max(0.05, 6 * 1.4826 * np.median(np.abs(e - np.median(e))))
     above = np.flatnonzero(e > limit)
     groups = [g for g in np.split(above, np.flatnonzero(np.diff(above) > 5) + 1) if len(g)]
-    return np.array([FIRST + g[0] for g in groups], int), np.array([e[g].max() for g in groups])
+    return np.array([FIRST + g[0] for g in groups], int), np.array([e[g].max() for g in groups]), e.max() / limit
 
 
 def spikes(runs: list[str], seeds: list[int]) -> str:
@@ -33,22 +34,24 @@ def spikes(runs: list[str], seeds: list[int]) -> str:
     counted = np.arange(FIRST, 750)
     chance = 100 * np.mean(counted % T < 10)
     head = f"share in the 10 steps after a change (chance: {chance:.0f} %)"
-    lines = [f"| run | spikes by seed | highest, nats | {head} |", "| --- | --- | --- | --- |"]
+    lines = [f"| run | spikes by seed | highest, nats | highest rise / a spike's least | {head} |", "| --- " * 5 + "|"]
     found, shares = {}, {}
     for run in (run for run in runs if run != REFERENCE):
-        counts, heights, after = [], [0.0], []
+        counts, heights, rises, after = [], [], [], []
         for seed in seeds:
             if (one := load(run, seed)) and (reference := load(REFERENCE, seed)):
                 loss, other = (np.array(r["log"]["loss"]) for r in (one, reference))
                 n = min(len(loss), len(other))  # one that diverged is shorter
-                steps, height = find_spikes(loss[:n], other[:n])
+                steps, height, rise = find_spikes(loss[:n], other[:n])
                 counts.append(f"{len(steps)}" + " (diverged)" * (n < len(other)))
                 heights += height.tolist()
+                rises.append(rise)
                 after += (steps % T < 10).tolist()
         if counts:
             found[run], shares[run] = len(after), 100 * statistics.mean(after) if after else 0.0
             share = f"{shares[run]:.0f} % of {len(after)}" if after else "-"
-            lines.append(f"| {run} | {', '.join(counts)} | {max(heights):.2f} | {share} |")
+            highest = f"{max(heights):.2f}" if heights else "-"
+            lines.append(f"| {run} | {', '.join(counts)} | {highest} | {max(rises):.2f} | {share} |")
     if not found:
         return "Not run."
     if galores := [shares[run] for run in ("steps-galore", "steps-galore-add") if run in shares]:
@@ -57,7 +60,13 @@ def spikes(runs: list[str], seeds: list[int]) -> str:
     kinds = "no-limiter", "fira"
     free, limited = (sum(found.get(f"spike-lr{lr}-{kind}", 0) for lr in ("0.01", "0.03")) for kind in kinds)
     if "spike-lr0.03-no-limiter" in found:
-        seen = "confirmed" if free > limited else "not seen here" if free else "**contradicted**: none without it"
+        seen = (
+            "confirmed"
+            if free > limited
+            else "not seen here"
+            if free
+            else "**contradicted**: there are none without it"
+        )
         lines.append(f"\nFigure 3, the limiter takes spikes away ({free} without it, {limited} with it): {seen}.")
     return "\n".join(lines)
 

@@ -176,8 +176,9 @@ def test_spikes_are_found_above_the_other_runs_loss_on_the_same_batches():
     own[[133, 403]] += 0.5
     own[600:640] += 0.3  # long, and still one
     own[:60] += np.linspace(-1, 0, 60)  # before the warm-up's end anything may happen
-    steps, heights = reductions.find_spikes(batches + own, batches)
+    steps, heights, rise = reductions.find_spikes(batches + own, batches)
     assert steps.tolist() == [133, 403, 600] and heights == pytest.approx([0.5, 0.5, 0.3], abs=0.1)
+    assert rise == pytest.approx(heights.max() / max(0.05, 6 * 0.01), rel=0.2)
 
 
 def test_who_leads_on_the_way(results):
