@@ -120,16 +120,16 @@ def trend():
 
 
 def limiter():
-    ax, drawn = Figure(figsize=(7, 4), layout="constrained").add_subplot(xlabel="step"), 0
+    ax, drawn = Figure(figsize=(7, 4), layout="constrained").add_subplot(xlabel="step (seed 0)", ylim=(0, 1.05)), 0
     lines = {"1.1": "gamma1.1", "1.01": "fira", "1.001": "gamma1.001", "1": "gamma1"}
-    for (gamma, name), shade in zip(lines.items(), ("0.75", "0.5", "0.25", "0")):
-        for result in runs(name)[:1]:
-            limited = np.array(result["log"]["matrices_limited"][: len(result["log"]["step"]) // 10 * 10]).reshape(
-                -1, 10
-            )
-            ax.plot(100 * np.arange(1, 1 + len(limited)), limited.mean(1) / 28, "o-", color=shade, label=f"γ = {gamma}")
+    for (gamma, name), (marker, size) in zip(lines.items(), (("o", 5), ("s", 5), ("^", 5), ("o", 11))):
+        if one := load(name, 0):
+            steps = len(one["log"]["step"]) // 10 * 10  # an entry for each ten
+            limited = np.reshape(one["log"]["matrices_limited"][:steps], (-1, 10)).mean(1) / 28
+            style = {"color": "black", "fillstyle": "none" if size > 5 else "full", "markersize": size}
+            ax.plot(100 * np.arange(1, 1 + len(limited)), limited, marker + "-", label=f"γ = {gamma}", **style)
             drawn += 1
-    ax.set_ylabel("share of the matrices whose S is cut, in 100 steps")
+    ax.set_ylabel("share of the matrices whose S is cut")
     ax.legend()
     return drawn > 1 and ax
 
