@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from experiments import report, stored
 from experiments.claims import CLAIMS
 from experiments.figures_steps import heatmap, limiter, memory, phi, runs, spikes, subspace, trend, variance
-from experiments.stored import chosen, load
+from experiments.stored import chosen
 
 ASSETS, STYLES = Path("assets"), [("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ((0, (6, 1, 1, 1)), "v")]
 
@@ -90,15 +90,16 @@ def ranks():
     lines = {"Fira": "fira-svd-r{}", "GaLore": "galore-r{}", "only scaling": "only-r{}"}
     x, seeds = (2, 4, 8, 32, 64, 128), CLAIMS["F5"]["seeds"]
     for (label, name), (line, marker) in zip(lines.items(), STYLES):
-        found = {r: [load(name.format(r) if (label, r) != ("GaLore", 32) else "galore", s) for s in seeds] for r in x}
-        points = {r: [result["val_loss"] for result in results] for r, results in found.items() if all(results)}
+        found = {r: runs(name.format(r) if (label, r) != ("GaLore", 32) else "galore") for r in x}
+        found = {r: [one["val_loss"] for one in some if one["seed"] in seeds] for r, some in found.items()}
+        points = {r: losses for r, losses in found.items() if len(losses) == len(seeds)}
         if len(points) > 1:
             low, high, mean = ([f(losses) for losses in points.values()] for f in (min, max, statistics.mean))
             ax.plot(points.keys(), mean, color="black", linestyle=line, marker=marker, label=label)
             ax.fill_between(points.keys(), low, high, color="gray", alpha=0.3)
             drawn += 1
-    if all(found := [load("adamw", s) for s in seeds]):
-        ax.axhline(statistics.mean(r["val_loss"] for r in found), color="gray", linewidth=3, alpha=0.5, label="AdamW")
+    if losses := [one["val_loss"] for one in runs("adamw") if one["seed"] in seeds]:
+        ax.axhline(statistics.mean(losses), color="gray", linewidth=3, alpha=0.5, label="AdamW")
     ax.set_xticks(x, x)
     ax.legend(title=f"mean and range, {len(seeds)} seeds")
     return drawn and ax

@@ -61,8 +61,8 @@ def phi():
 def spikes():
     top, bottom = Figure(figsize=(7, 5), layout="constrained").subplots(2, sharex=True)
     reference, drawn = load(REFERENCE, 0), 0
-    runs = {"without limiter": "no-limiter", "clipping at norm 1": "clipping", "with limiter": "fira"}
-    for (label, name), line, shade in zip(runs.items(), (":", "--", "-"), ("0.6", "0.35", "0")):
+    lines = {"without limiter": "no-limiter", "clipping at norm 1": "clipping", "with limiter": "fira"}
+    for (label, name), line, shade in zip(lines.items(), (":", "--", "-"), ("0.6", "0.35", "0")):
         if (one := load(f"spike-lr0.03-{name}", 0)) and reference:
             log, n = one["log"], min(len(one["log"]["loss"]), len(reference["log"]["loss"]))
             above = np.array(log["loss"][:n]) - reference["log"]["loss"][:n]

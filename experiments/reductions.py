@@ -60,13 +60,7 @@ def spikes(runs: list[str], seeds: list[int]) -> str:
     kinds = "no-limiter", "fira"
     free, limited = (sum(found.get(f"spike-lr{lr}-{kind}", 0) for lr in ("0.01", "0.03")) for kind in kinds)
     if "spike-lr0.03-no-limiter" in found:
-        seen = (
-            "confirmed"
-            if free > limited
-            else "not seen here"
-            if free
-            else "**contradicted**: there are none without it"
-        )
+        seen = "confirmed" if free > limited else "not seen here" if free else "**contradicted**: none without it"
         lines.append(f"\nFigure 3, the limiter takes spikes away ({free} without it, {limited} with it): {seen}.")
     return "\n".join(lines)
 
