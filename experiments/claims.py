@@ -54,7 +54,7 @@ RUNS = {
         for k, v in SPIKES.items()
     },
     **{f"spike-lr{lr}-adamw": f"every_step --steps 750 --optimizer adamw --lr {lr}" for lr in ADAMW_RATES},
-    **{f"noise0-{k}": f"--steps 750 {NOISY[k]}" for k in ("adamw", "only")},  # and T100 is Fira's
+    "noise0-only": f"--steps 750 {ONLY}",  # and T100 is Fira's, spike-lr0.002-adamw AdamW's
     **{f"noise{s}-{k}": f"noise={s} --steps 750 {v}" for s in ("0.1", "0.5") for k, v in NOISY.items()},
     "noise-blocks0.5-adamw": f"noise_blocks=0.5 --steps 750 {ADAMW}",
     "noise-blocks0.5-only": f"noise_blocks=0.5 --steps 750 {ONLY}",
