@@ -81,9 +81,9 @@ def rates(name: str, flags: str, values: tuple) -> list[str]:
 
 # A claim's methods, each with the runs of which seed 0 chooses one.
 TUNED = {  # for fine-tuning
-    "fira": ("--rank 16 --alpha 0.0625", (5e-4, 1e-3, 2e-3, 4e-3)),
-    "galore": ("--rank 16 --alpha 0.25", (5e-4, 1e-3, 2e-3, 4e-3)),
-    "adamw": ("", (1e-4, 2e-4, 5e-4, 1e-3)),
+    "fira": ("--rank 16 --alpha 0.0625", (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)),
+    "galore": ("--rank 16 --alpha 0.25", (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)),
+    "adamw": ("", (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
     "lora": ("--rank 16", (3e-4, 1e-3, 3e-3, 1e-2)),
 }
 GRIDS = {
