@@ -108,11 +108,11 @@ GRIDS = {
         for m, (flags, values) in TUNED.items()
     },
     "T17": {  # the factor is of the matrices' learning rate: embeddings and head stay AdamW at lr 0.01
-        m: rates(f"adagrad-{m}-", "inside=adagrad,{} --steps 750 " + flags, ("0.3", "1", "3", "10"))
-        for m, flags in (
-            ("fira", FIRA),
-            ("galore", f"--optimizer galore {FIRA}"),
-            ("full", "--lr 0.01 --alpha 1 --rank 128"),
+        m: rates(f"adagrad-{m}-", "inside=adagrad,{} --steps 750 " + flags, factors)
+        for m, flags, factors in (
+            ("fira", FIRA, ("0.3", "1", "3", "10")),
+            ("galore", f"--optimizer galore {FIRA}", ("0.3", "1", "3", "10", "30")),
+            ("full", "--lr 0.01 --alpha 1 --rank 128", ("0.3", "1", "3", "10")),
         )
     },
     "kinds": {
