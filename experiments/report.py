@@ -135,7 +135,7 @@ def write(path: Path) -> None:
     head = Path(__file__).with_name("head.md").read_text(encoding="utf-8")
     head = head.format(gap=ours, paper_gap=PAPER_GAP, insensitive=INSENSITIVE)
     sections = {name: section(name, claim["seeds"]) for name, claim in CLAIMS.items()}
-    kinds = sorted({f"Python {r['python']}, torch {r['torch']}, data {r['data']}" for r in runs})
+    kinds = sorted({f"Python {r['python']}, torch {r['torch']}, {r['config']['data']} {r['data']}" for r in runs})
     notes = f"{len(runs)} runs: {'; '.join(kinds) or 'none'}. † marks what was trained with an older version of the "
     notes += "arithmetic, ‡ runs of different data, as Python's library differs.\n"
     parts = [head, notes, overview(sections) + "\n"]
