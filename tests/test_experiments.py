@@ -31,7 +31,7 @@ def keep(run, seed, loss, **more):
         "val_loss": loss,
         "code": stored.code_hash(claims.RUNS[run]),
         "data": "d",
-        "config": {"lr": 0.01, "alpha": 0.25},
+        "config": {"lr": 0.01, "alpha": 0.25, "data": "stdlib"},
     }
     result |= {"ms_per_step": 200.0, "state_bytes": 2_600_092}
     result |= {"python": "3", "torch": "2", "flags": claims.RUNS[run], "evaluations": [[750, 1.5], [1500, loss]]} | more
