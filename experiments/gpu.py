@@ -16,8 +16,8 @@ import torch
 
 import fira
 from experiments import benchmark
-from model import ModelConfig, Transformer
-from train import METHODS, Config, build
+from experiments.on_device import suite, ten_steps
+from train import Config, build
 
 VOCABULARY = 32_000
 COMPARED = ("adamw", "fira", "galore", "lora")  # AdamW first: its speed is the measure
@@ -29,41 +29,6 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         p = torch.cuda.get_device_properties(device)
         lines.append(f"- {p.name}, {p.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}")
-    return "\n".join(lines)
-
-
-def checks(device: torch.device) -> str:
-    """Each method's ten steps on the device beside the same on the CPU, and no waiting for the device in a step."""
-    lines = [
-        "| method | largest difference to the CPU, of the update | waits for the device in a step |",
-        "| --- | --- | --- |",
-    ]
-    for method, (_, options) in METHODS.items():
-        if options is None:
-            continue
-        weights, waits = {}, "no"
-        for place in (torch.device("cpu"), device):
-            torch.manual_seed(0)
-            model = Transformer(ModelConfig.preset("nano", 256, 64)).to(place)
-            start = [p.detach().cpu().clone() for p in model.parameters()]
-            groups = fira.param_groups(model, **{"rank": 16, "update_proj_gap": 4} | options | {"alpha": 0.25})
-            optimizer = fira.Fira(groups, lr=1e-3)
-            for step in range(10):
-                for i, p in enumerate(model.parameters()):  # the same gradients, drawn on the CPU
-                    generator = torch.Generator().manual_seed(100 * step + i)
-                    p.grad = torch.randn(p.shape, generator=generator).to(place)
-                if place.type == "cuda" and step % 4:  # no subspace changes, which may wait
-                    torch.cuda.set_sync_debug_mode("error")
-                try:
-                    optimizer.step()
-                except RuntimeError as error:
-                    waits = f"**yes**: {str(error).splitlines()[0]}"
-                finally:
-                    if place.type == "cuda":
-                        torch.cuda.set_sync_debug_mode("default")
-            weights[place] = torch.cat([(p.detach().cpu() - w).flatten() for p, w in zip(model.parameters(), start)])
-        one, other = weights[torch.device("cpu")], weights[device]
-        lines.append(f"| {method} | {((one - other).abs().max() / one.abs().max()).item():.1e} | {waits} |")
     return "\n".join(lines)
 
 
@@ -136,7 +101,8 @@ def main() -> None:
     model, most = ("nano", 2) if args.quick else ("60m", 4096)
     for title, make in {
         "Hardware": lambda: hardware(device),
-        "Right, and without waiting": lambda: checks(device),
+        "Right, and without waiting": lambda: ten_steps(device),
+        "Tests of fira.py": lambda: suite(device, 0.25 * deadline),
         "Steps": lambda: f"```text\n{benchmark.table(model, device, 'bfloat16', not args.quick)}\n```",
         "Training": lambda: throughput(sizes, device, batch, accumulate, seconds, 0.8 * deadline),
         "Memory": lambda: largest_batch(sizes, device, most, deadline),
