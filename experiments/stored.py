@@ -2,6 +2,7 @@
 and annotations. The loop in train.py, `train`, is not in it: mind the order of its steps."""
 
 import ast
+import functools
 import hashlib
 import json
 import math
@@ -55,22 +56,27 @@ def names(node: ast.stmt) -> set[str]:
     return {getattr(x, "name", getattr(x, "id", "")) for t in targets for x in getattr(t, "elts", [t])}
 
 
+@functools.cache  # the page asks for some hundreds of hashes
+def arithmetic(name: str, text: str) -> str:
+    """The text of a file of this name without what computes nothing."""
+    tree = ast.parse(text)
+    if name == "train.py":
+        tree.body = [node for node in tree.body if names(node) & ONLY]
+    return ast.unparse(ast.fix_missing_locations(Arithmetic().visit(tree)))
+
+
 def code_hash(flags: str = "") -> str:
     """The hash of the arithmetic of fira.py, model.py and train.py, and of the changes that the flags name."""
-    words = flags.split()
-    trees = {name: ast.parse(Path(name).read_text(encoding="utf-8")) for name in ("fira.py", "model.py", "train.py")}
-    trees["train.py"].body = [node for node in trees["train.py"].body if names(node) & ONLY]
+    words, files = flags.split(), ["fira.py", "model.py", "train.py"]
     patches = {word.split("=")[0] for word in words if word[0] != "-"} - {"record", "every_step"}  # which only look
     if "--variant" in words or "inside" in patches:
-        variant = words[words.index("--variant") + 1] if "--variant" in words else "variants/inner.py"
-        trees["variant"] = ast.parse(Path(variant).read_text(encoding="utf-8"))
+        files.append(words[words.index("--variant") + 1] if "--variant" in words else "variants/inner.py")
     changes = ast.parse((Path(__file__).parent / "patches.py").read_text(encoding="utf-8"))
     used = patches | {"before_each_step"} if patches & {"noise", "noise_blocks", "spike"} else patches
-    trees["patches"] = ast.Module(
-        [n for n in changes.body if any(word.startswith(getattr(n, "name", "-")) for word in used)], []
-    )
-    text = "\n".join(ast.unparse(ast.fix_missing_locations(Arithmetic().visit(tree))) for tree in trees.values())
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    changes.body = [n for n in changes.body if any(word.startswith(getattr(n, "name", "-")) for word in used)]
+    parts = [arithmetic(file, Path(file).read_text(encoding="utf-8")) for file in files]
+    parts.append(ast.unparse(ast.fix_missing_locations(Arithmetic().visit(changes))))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 def interval(differences: list[float]) -> tuple[float, float]:
